@@ -1,0 +1,119 @@
+"""Finding norms by walking: every module, once, under all of its names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from normswap.graph.neighbours import Neighbourhood
+from normswap.graph.shapes import observe_shapes
+from normswap.graph.site import NormSite, Sites
+from normswap.norms.pool import NOTHING, Rule
+from normswap.norms.registry import reader
+from normswap.norms.state import NormState
+
+__all__ = ["quantized", "read_site", "uninitialised", "walk"]
+
+
+def walk(model: nn.Module, example_inputs: Any = None) -> Sites:
+    """Find the norms of a model by walking its modules, the model itself included.
+
+    What is inside a norm (a fused activation, an inner norm) is the norm's own and not listed.
+
+    Args:
+        model: any module.
+        example_inputs: arguments for one forward, to learn input shapes: a tensor, a tuple or
+            list of positional arguments, or a mapping of keyword arguments.
+    """
+    known: dict[type[nn.Module], bool] = {}
+    names: dict[int, list[str]] = {}
+    norms: dict[int, nn.Module] = {}
+    inside: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        cls = type(module)
+        if cls not in known:
+            known[cls] = reader(cls) is not None
+        if known[cls] and id(module) not in inside:
+            if id(module) not in norms:
+                inside.update(map(id, module.modules()))
+                inside.discard(id(module))
+            norms[id(module)] = module
+            names.setdefault(id(module), []).append(path)
+    neighbourhood = Neighbourhood(model)
+    sites = [
+        read_site(module, names[key][0], tuple(names[key][1:]), neighbourhood)
+        for key, module in norms.items()
+    ]
+    if example_inputs is not None:
+        shapes = observe_shapes(model, example_inputs, [site.path for site in sites])
+        sites = [replace(site, input_shapes=tuple(shapes[site.path])) for site in sites]
+    return Sites(sites, neighbourhood)
+
+
+def read_site(
+    module: nn.Module,
+    path: str,
+    aliases: tuple[str, ...] = (),
+    neighbourhood: Neighbourhood | None = None,
+) -> NormSite:
+    """Read one norm module into a site.
+
+    Raises:
+        TypeError: the module is not of a known class.
+    """
+    found = reader(type(module))
+    if found is None:
+        raise TypeError(f"{type(module).__name__} is not a known norm")
+    read, known_class = found
+    obstacle = _obstacle(module, known_class)
+    state = _unread(module) if uninitialised(module) else read(module)
+    return NormSite(
+        path=path,
+        kind=state.kind,
+        origin="module",
+        module=module,
+        state=state,
+        aliases=aliases,
+        obstacle=obstacle,
+        _neighbourhood=neighbourhood,
+    )
+
+
+def _obstacle(module: nn.Module, known_class: type[nn.Module]) -> str:
+    """Why nothing can be said of what the module computes, and the way out, if so."""
+    if uninitialised(module):
+        return "it is lazy and not initialised yet; run one batch through the model first"
+    if quantized(module):
+        return "it is quantized; convert the model before quantizing it"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance; undo that first"
+    if parametrize.type_before_parametrizations(module).forward is not known_class.forward:
+        return (
+            f"it overrides the forward of {known_class.__name__}, so what it computes is not "
+            "known; leave it out by skip="
+        )
+    for name in ("weight", "bias"):
+        if name in vars(module):
+            return f"its {name} is recomputed by a hook; remove that hook (weight norm?) first"
+    return ""
+
+
+def uninitialised(module: nn.Module) -> bool:
+    """Whether a lazy module has not seen its first batch."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def quantized(module: nn.Module) -> bool:
+    """Whether a module is one of torch's quantized or quantization-aware classes."""
+    where = type(module).__module__
+    return where.startswith("torch.ao.nn") or ".quantized" in where
+
+
+def _unread(module: nn.Module) -> NormState:
+    """What can be said of a lazy norm before its first batch."""
+    kind = "instance_norm" if "Instance" in type(module).__name__ else "batch_norm"
+    return NormState(norm="", kind=kind, num_features=0, rule=Rule.always(NOTHING))

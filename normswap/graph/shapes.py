@@ -1,0 +1,52 @@
+"""The input shapes of norms, observed in one evaluation on example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.graph.copying import structure_copy
+
+__all__ = ["observe_shapes"]
+
+
+def observe_shapes(
+    model: nn.Module, example_inputs: Any, paths: Iterable[str]
+) -> dict[str, list[tuple[int, ...]]]:
+    """Run a copy of the model in eval mode and note the shape of each call's first input.
+
+    Args:
+        model: the model; it is not touched.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments.
+        paths: the modules to watch.
+
+    Returns:
+        By path, one shape a call; an empty list for a module that was not called.
+
+    Raises:
+        Exception: whatever the forward raises.
+    """
+    seen: dict[str, list[tuple[int, ...]]] = {path: [] for path in paths}
+    copied = structure_copy(model).eval()
+
+    def watch(path: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen[path].append(tuple(args[0].shape))
+
+        return note
+
+    for path in seen:
+        copied.get_submodule(path).register_forward_pre_hook(watch(path))
+    with torch.no_grad():
+        if isinstance(example_inputs, Mapping):
+            copied(**example_inputs)
+        elif isinstance(example_inputs, (tuple, list)):
+            copied(*example_inputs)
+        else:
+            copied(example_inputs)
+    return seen

@@ -1,0 +1,102 @@
+"""What a normalization pools its statistics over, and what statistics to expect from that.
+
+This is the whole difference between most norms, so it is what fidelity is judged by: two norms
+with the same rule are the same function, two with the same evaluation rule agree in eval mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["BATCH", "NOTHING", "POSITION", "RUNNING", "Pool", "Rule", "per_group"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The set of values that share one mean and one variance, in an input (N, C, L).
+
+    Args:
+        over: ``"batch"``: over (N, L), per channel. ``"group"``: over L and ``channels``
+            consecutive channels, per sample. ``"position"``: over C, per sample and position.
+            ``"running"``: nothing is pooled, the running statistics are used. ``"nothing"``:
+            the input is not standardized at all.
+        channels: channels in a group; 1 is instance normalization, C is layer normalization.
+    """
+
+    over: Literal["batch", "group", "position", "running", "nothing"]
+    channels: int = 1
+
+    @property
+    def measures(self) -> bool:
+        """Whether statistics are taken from the input at hand."""
+        return self.over in ("batch", "group", "position")
+
+    def values(self, batch: int, num_features: int, length: int) -> int:
+        """How many values one statistic is pooled over, for an input (N, C, L)."""
+        sizes = {"batch": batch * length, "group": self.channels * length, "position": num_features}
+        return sizes[self.over]
+
+    def expected(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected mean and variance, per channel, of what this pool will measure.
+
+        Args:
+            mean: running mean of each channel, (C,).
+            var: running variance of each channel, (C,).
+
+        Returns:
+            Two tensors (C,): the pooled mean and the pooled (biased) variance that a sample
+            drawn from channels of these statistics is expected to show.
+        """
+        if self.over == "group" and self.channels > 1:
+            means, variances = mean.view(-1, self.channels), var.view(-1, self.channels)
+            pooled_mean = means.mean(1)
+            pooled_var = variances.mean(1) + means.var(1, correction=0)
+            return (
+                pooled_mean.repeat_interleave(self.channels),
+                pooled_var.repeat_interleave(self.channels),
+            )
+        if self.over == "position":
+            # The C values at one position vary around their own mean, which itself varies with
+            # variance mean(var)/C when channels are uncorrelated: that part is not in the spread.
+            spread = var.mean() * (1 - 1 / len(var)) + mean.var(correction=0)
+            return mean.mean().expand_as(mean), spread.expand_as(var)
+        return mean, var
+
+    def __str__(self) -> str:
+        if self.over == "group":
+            return "H·W of one sample and channel" if self.channels == 1 else (
+                f"{self.channels} channels × H·W of one sample"
+            )
+        return {
+            "batch": "N × H·W of one channel",
+            "position": "C at one position",
+            "running": "running statistics",
+            "nothing": "nothing",
+        }[self.over]
+
+
+BATCH = Pool("batch")
+POSITION = Pool("position")
+RUNNING = Pool("running")
+NOTHING = Pool("nothing")
+
+
+def per_group(channels: int) -> Pool:
+    """The pool of one sample's ``channels`` consecutive channels and all their positions."""
+    return Pool("group", channels)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a norm pools over in train mode and in eval mode."""
+
+    train: Pool
+    eval: Pool
+
+    @classmethod
+    def always(cls, pool: Pool) -> Rule:
+        """The rule of a norm that does the same in both modes."""
+        return cls(pool, pool)

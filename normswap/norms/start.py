@@ -1,0 +1,164 @@
+"""How a target starts from a source: with what fidelity, in which shell, with which affine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import CannotConvert
+from normswap.norms.fidelity import Fidelity
+from normswap.norms.pool import Pool, Rule
+from normswap.norms.state import NormState
+
+__all__ = ["Carry", "Start", "begin"]
+
+Carry = Literal["auto", "copy", "fresh"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A starter's answer: everything that is known before anything is built.
+
+    Args:
+        fidelity: how faithful the new norm starts.
+        shell: makes the module, with its class and settings but without the tensors below.
+        affine: whether the shell takes ``weight`` and ``bias``.
+        running: whether it takes running statistics.
+        frozen: whether the affine is to be held fixed.
+        values: new values for ``weight`` and ``bias``, by name, computed when asked for; a name
+            left out keeps the source's values.
+        note: what the user should know, for the plan and the report.
+        fresh: whether the running statistics begin anew although the source has some.
+        pool: what is pooled when the norm measures its input.
+    """
+
+    fidelity: Fidelity
+    shell: Callable[[], nn.Module]
+    affine: bool
+    running: bool
+    values: Callable[[], Mapping[str, Tensor]]
+    frozen: bool = False
+    note: str = ""
+    fresh: bool = False
+    pool: Pool | None = None
+
+
+def begin(
+    state: NormState,
+    shell: Callable[[], nn.Module],
+    rule: Rule,
+    *,
+    carry: Carry,
+    eps: float | None = None,
+    affine: bool | None = None,
+    running: bool = False,
+    frozen: bool = False,
+    note: str = "",
+) -> Start:
+    """Answer for a norm whose output is ``weight · (x - mean) / sqrt(var + eps) + bias``.
+
+    The fidelity follows from the two rules alone: the same rule is the same function, the same
+    evaluation rule the same function in eval mode, and a source that evaluates with running
+    statistics tells what the target is expected to measure, so that the affine can be matched.
+
+    Args:
+        state: the source.
+        shell: makes the target's module.
+        rule: what the target pools over.
+        carry: ``"auto"``, ``"copy"`` or ``"fresh"``.
+        eps: the target's eps; ``None`` is the source's.
+        affine: whether the target has weight and bias; ``None`` is as the source, and yes where
+            the start needs them.
+        running: whether the target tracks running statistics.
+        frozen: whether the target holds its affine fixed.
+        note: what the user should know.
+
+    Raises:
+        CannotConvert: the affine is not per channel, or has to be rewritten and cannot be.
+    """
+    eps = state.eps if eps is None else eps
+    fidelity = _fidelity(state, rule, carry=carry, eps=eps, affine=affine)
+    if state.obstacle and fidelity is not Fidelity.FRESH:
+        remedy = 'convert it with carry="fresh" or leave it out by skip='
+        raise CannotConvert(state.obstacle, remedy)
+    values: Callable[[], Mapping[str, Tensor]] = dict
+    wants_affine = state.affine if affine is None else affine
+    if carry == "fresh":
+        values = partial(_unit, state)
+    elif fidelity is Fidelity.MATCHED and not _is_identity(rule.eval, state, eps):
+        wants_affine = True
+        values = partial(_match, state, rule.eval, eps)
+    if state.parametrized and values is not dict:
+        raise CannotConvert(
+            "its weight is parametrized, so the start cannot rewrite it",
+            'use carry="copy", or remove the parametrization first',
+        )
+    return Start(
+        fidelity=fidelity,
+        shell=shell,
+        affine=wants_affine,
+        running=running,
+        values=values,
+        frozen=frozen,
+        note=note,
+        fresh=carry == "fresh",
+        pool=rule.train if rule.train.measures else None,
+    )
+
+
+def _fidelity(
+    state: NormState, rule: Rule, *, carry: Carry, eps: float, affine: bool | None
+) -> Fidelity:
+    if carry == "fresh" or (state.affine and affine is False):
+        return Fidelity.FRESH
+    if eps == state.eps and rule == state.rule:
+        return Fidelity.EXACT
+    if eps == state.eps and rule.eval == state.rule.eval:
+        return Fidelity.EVAL
+    if "nothing" in (rule.eval.over, state.rule.eval.over):
+        return Fidelity.FRESH
+    matchable = state.rule.eval.over == "running" and rule.eval.measures
+    if carry == "auto" and matchable and (affine is not False or _is_identity(rule.eval, state, eps)):
+        return Fidelity.MATCHED
+    return Fidelity.AFFINE
+
+
+def _is_identity(pool: Pool, state: NormState, eps: float) -> bool:
+    """Whether matching would change nothing: the channel's own statistics, the same eps."""
+    return eps == state.eps and (pool.over == "batch" or pool == Pool("group", 1))
+
+
+def _unit(state: NormState) -> dict[str, Tensor]:
+    values = {}
+    if state.weight is not None:
+        values["weight"] = torch.ones_like(state.weight)
+    if state.bias is not None:
+        values["bias"] = torch.zeros_like(state.bias)
+    return values
+
+
+def _match(state: NormState, pool: Pool, eps: float) -> dict[str, Tensor]:
+    """Gain and offset that give the source's eval output on a sample of expected statistics.
+
+    With expected mean M and variance V of the pool, and the source's root S = sqrt(var + eps):
+    weight' = weight · sqrt(V + eps') / S and bias' = bias + weight · (M - mean) / S.
+    """
+    if state.running_mean is None or state.running_var is None:
+        raise CannotConvert("it keeps no running statistics", 'use carry="copy"')
+    with torch.no_grad():
+        work = torch.float32 if state.running_mean.device.type == "mps" else torch.float64
+        mean, var = state.running_mean.to(work), state.running_var.to(work)
+        gain = torch.ones_like(mean) if state.weight is None else state.weight.to(work)
+        offset = torch.zeros_like(mean) if state.bias is None else state.bias.to(work)
+        slope = gain * (var + state.eps).rsqrt()
+        expected_mean, expected_var = pool.expected(mean, var)
+        dtype = state.reference().dtype
+        return {
+            "weight": (slope * (expected_var + eps).sqrt()).to(dtype),
+            "bias": (offset + slope * (expected_mean - mean)).to(dtype),
+        }

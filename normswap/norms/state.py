@@ -1,0 +1,109 @@
+"""The canonical state of any normalization: what every source is read into.
+
+There is no table of pairs of norms. A reader turns a module into a `NormState`, a starter turns a
+`NormState` into a new norm: N readers and M starters serve N×M conversions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from normswap.norms.pool import BATCH, NOTHING, RUNNING, Rule
+
+__all__ = ["TENSORS", "NormState", "batch_rule", "fresh_state"]
+
+#: The tensors that norms share, by the names that they have in torch's own state dicts.
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class NormState:
+    """One normalization, told in terms that belong to no family.
+
+    Args:
+        norm: registry name of the norm that was read.
+        kind: its family: ``"batch_norm"``, ``"group_norm"``, ...
+        num_features: number of channels, C.
+        rule: what it pools over in train and in eval mode.
+        eps: added to the variance, inside the root.
+        momentum: weight of the newest batch in the running statistics (torch's convention);
+            ``None`` is the cumulative average.
+        weight: per-channel gain (C,), the owner's own tensor, or ``None``.
+        bias: per-channel offset (C,), likewise.
+        running_mean: mean (C,), or ``None`` where none is tracked.
+        running_var: unbiased variance (C,), likewise.
+        num_batches_tracked: a long scalar, likewise.
+        dim: number of dimensions after the channels that the class accepts (0 or more), where
+            the class, the producer or an example tells; ``None`` where nothing does.
+        channel_dim: where the channels are in the input: 1, or -1 for token layouts.
+        tail: names of children that run after the norm (a fused dropout, an activation).
+        settings: the norm's option values, by the names of its registry entry.
+        trainable: whether weight and bias were trainable before a freeze, by name.
+        parametrized: whether weight or bias is computed by a parametrization.
+        obstacle: why the affine cannot be carried to another family; empty if it can.
+        like: a tensor whose device and dtype new tensors take.
+    """
+
+    norm: str
+    kind: str
+    num_features: int
+    rule: Rule
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    dim: int | None = None
+    channel_dim: int = 1
+    tail: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+    trainable: Mapping[str, bool] = field(default_factory=dict)
+    parametrized: bool = False
+    obstacle: str = ""
+    like: Tensor | None = None
+
+    @property
+    def affine(self) -> bool:
+        """Whether there is a gain or an offset."""
+        return self.weight is not None or self.bias is not None
+
+    @property
+    def tracks(self) -> bool:
+        """Whether running statistics are kept."""
+        return self.running_mean is not None and self.running_var is not None
+
+    def reference(self) -> Tensor:
+        """A tensor that tells device and dtype for what has to be made anew."""
+        for tensor in (self.weight, self.bias, self.running_mean, self.like):
+            if tensor is not None:
+                return tensor
+        return torch.empty(0)
+
+
+def batch_rule(*, tracks: bool) -> Rule:
+    """BatchNorm's rule: the batch in train mode; in eval the running statistics, if tracked."""
+    return Rule(BATCH, RUNNING if tracks else BATCH)
+
+
+def fresh_state(num_features: int, *, dim: int, like: Tensor | None = None) -> NormState:
+    """The state of a norm that was never trained: unit gain, zero offset, nothing tracked.
+
+    It is what `normswap.build` starts every norm from.
+    """
+    reference = torch.empty(0) if like is None else like
+    return NormState(
+        norm="",
+        kind="",
+        num_features=num_features,
+        rule=Rule.always(NOTHING),
+        weight=nn.Parameter(reference.new_ones(num_features)),
+        bias=nn.Parameter(reference.new_zeros(num_features)),
+        dim=dim,
+        like=like,
+    )

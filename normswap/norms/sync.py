@@ -1,0 +1,112 @@
+"""Statistics over all ranks: one collective in forward, one in backward, on any backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["ranks", "synchronized_batch_norm"]
+
+Group = Any  # torch.distributed.ProcessGroup exists only where torch was built with distributed
+
+
+def ranks(group: Group | None) -> int:
+    """How many ranks share the statistics: 1 without an initialised process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(group)
+
+
+def synchronized_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    factor: float,
+    eps: float,
+    group: Group | None,
+) -> Tensor:
+    """Normalize x by the mean and variance of its channels over the batches of all ranks.
+
+    Counts, means and second moments are merged by Chan's rule, so uneven batches and ranks with
+    an empty batch are exact; gradients are those of one process on the whole batch (the gradients
+    of weight and bias are this rank's share, as in `torch.nn.SyncBatchNorm`).
+
+    Args:
+        x: (N, C, ...) with N = 0 allowed, floating point.
+        weight: (C,) or ``None``.
+        bias: (C,) or ``None``.
+        running_mean: (C,), updated in place, or ``None``.
+        running_var: (C,), updated in place with the unbiased variance, or ``None``.
+        factor: weight of this batch in the running statistics.
+        eps: added to the variance.
+        group: the process group, ``None`` for the default one.
+
+    Raises:
+        ValueError: all ranks together hold at most one value per channel.
+    """
+    dims = [0, *range(2, x.ndim)]
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = values.numel() // values.shape[1]
+    local_mean = values.sum(dims) / max(count, 1)
+    local_m2 = (values - local_mean.view(shape)).square().sum(dims)
+
+    packed = torch.cat([local_mean.new_full((1,), count), local_mean, local_m2]).double()
+    counts, means, m2s = _AllGather.apply(packed, group).split(
+        [1, len(local_mean), len(local_mean)], dim=1
+    )
+    total = counts.sum().item()
+    if total <= 1:
+        raise ValueError(
+            f"expected more than one value per channel over all ranks in training, got {total:.0f}"
+        )
+    mean = (counts * means).sum(0) / total
+    var = (m2s + counts * (means - mean).square()).sum(0) / total
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), factor)
+            running_var.lerp_((var * (total / (total - 1))).to(running_var.dtype), factor)
+
+    scale = (var + eps).rsqrt().to(values.dtype)
+    if weight is not None:
+        scale = scale * weight
+    y = (values - mean.to(values.dtype).view(shape)) * scale.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype)
+
+
+class _AllGather(torch.autograd.Function):
+    """(K,) on each rank -> (ranks, K) on every rank; its gradient is a `_ReduceScatter`."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, group: Group | None) -> Tensor:
+        ctx.group = group
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, row.contiguous(), group=group)
+        return torch.stack(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _ReduceScatter.apply(grads[0], ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """(ranks, K) on each rank -> this rank's row of their sum; its gradient is an `_AllGather`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Group | None) -> Tensor:
+        ctx.group = group
+        total = rows.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total[dist.get_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _AllGather.apply(grads[0], ctx.group), None

@@ -1,0 +1,62 @@
+"""What every replacement takes over from the module it replaces, whatever the two norms are."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from normswap.norms.base import Norm
+from normswap.norms.state import TENSORS
+
+__all__ = ["carry_over"]
+
+_FRESH = vars(nn.Module())
+_HOOKS = tuple(name for name in _FRESH if "hook" in name)
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give a new norm the mode, hooks, parametrizations, children and attributes of the old one.
+
+    Hook dictionaries are shared, not copied, so that the handles given out for them stay valid.
+    Nothing of the old module changes.
+
+    Args:
+        old: the module that is being replaced.
+        new: its replacement, furnished with tensors.
+    """
+    new.training = old.training
+    for name in _HOOKS:
+        vars(new)[name] = vars(old)[name]
+    left = _settings(type(old)) | set(TENSORS) | {"parametrizations"}
+    left |= set(old.own) if isinstance(old, Norm) else set()
+    for held in ("_parameters", "_buffers", "_modules"):
+        theirs, ours = getattr(old, held), getattr(new, held)
+        for name, value in theirs.items():
+            if name not in left and name not in ours:
+                ours[name] = value
+                if name in old._non_persistent_buffers_set:
+                    new._non_persistent_buffers_set.add(name)
+    for name, value in vars(old).items():
+        if name not in left and name not in _FRESH and name not in vars(new):
+            vars(new)[name] = value
+    if parametrize.is_parametrized(old) and any(
+        getattr(new, name, None) is not None for name in ("weight", "bias")
+    ):
+        parametrize.transfer_parametrizations_and_params(old, new)
+
+
+@lru_cache(maxsize=None)
+def _settings(cls: type[nn.Module]) -> frozenset[str]:
+    """What a class keeps of its constructor's arguments: the old norm's business alone."""
+    found: set[str] = set()
+    for ancestor in cls.__mro__:
+        if ancestor is nn.Module:
+            break
+        found.update(getattr(ancestor, "__constants__", ()))
+        found.update(name for name in vars(ancestor) if not name.startswith("__"))
+        if "__init__" in vars(ancestor):
+            found.update(inspect.signature(ancestor.__init__).parameters)  # type: ignore[misc]
+    return frozenset(found)

@@ -1,0 +1,73 @@
+"""Models that cannot be rewritten as they stand, and what to do about it."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from normswap.errors import UnsupportedModel
+from normswap.graph.modules import quantized, uninitialised
+from normswap.graph.site import NormSite
+
+__all__ = ["refuse_unready", "refuse_unsupported"]
+
+#: Wrappers by defining module and name, so that none is imported for the check.
+_WRAPPERS = (
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+    ("torch.distributed.fsdp", "FSDPModule"),
+)
+
+
+def refuse_unsupported(model: object) -> None:
+    """Raise if the model is scripted, wrapped for ranks, or compiled, anywhere.
+
+    Raises:
+        UnsupportedModel: naming the place and what to do first.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(
+            f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
+        )
+    wrappers = _loaded_wrappers()
+    for path, module in model.named_modules():
+        problem = _problem(module, wrappers)
+        if problem:
+            where = f"{path or 'the model'} ({type(module).__name__})"
+            raise UnsupportedModel(f"{where} {problem}")
+
+
+def _problem(module: nn.Module, wrappers: tuple[type, ...]) -> str:
+    if isinstance(module, torch.jit.ScriptModule) and _holds_norms(module):
+        return "is a ScriptModule, whose layers cannot be replaced; convert first, then script"
+    if isinstance(module, wrappers):
+        return (
+            "is wrapped for several ranks, which has registered its parameters; "
+            "convert first, then wrap"
+        )
+    if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        return "is compiled, and its compiled code would be stale; convert first, then compile"
+    return ""
+
+
+def _holds_norms(scripted: torch.jit.ScriptModule) -> bool:
+    """Whether a scripted module has a norm, by the names that its modules had before."""
+    names = (getattr(module, "original_name", "") for module in scripted.modules())
+    return any("Norm" in name for name in names)
+
+
+def refuse_unready(site: NormSite) -> None:
+    """Raise if a chosen site's module has no weights to speak of yet, or no longer.
+
+    Raises:
+        UnsupportedModel: naming the site and what to do first.
+    """
+    if uninitialised(site.module) or quantized(site.module):
+        raise UnsupportedModel(f"{site.label}: {site.obstacle}")
+
+
+def _loaded_wrappers() -> tuple[type, ...]:
+    found = (getattr(sys.modules.get(where), name, None) for where, name in _WRAPPERS)
+    return tuple(cls for cls in found if isinstance(cls, type))

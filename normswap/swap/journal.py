@@ -1,0 +1,200 @@
+"""What a converted model remembers: on each new norm what it replaced, and how to go back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from normswap.norms.fidelity import Fidelity
+from normswap.norms.furnish import Furnished
+from normswap.norms.registry import NormSpec
+from normswap.swap.changes import Changes
+
+__all__ = ["Record", "Skip", "keep", "model_place", "put_back", "record_of", "records", "skips", "set_skips"]
+
+_RECORD = "_normswap_record"
+_SKIPS = "_normswap_skips"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a norm came to be where it is.
+
+    It lies on the norm that it speaks of, outside its state dict, so that it goes wherever the
+    norm goes: into copies, pickles and other models.
+
+    Args:
+        original: the module that stood here before the first conversion.
+        spec: what the norm was asked to be.
+        fidelity: how faithfully it started.
+        note: what was worth saying about it.
+        carried: names of tensors that are still the original's own.
+        saved: values that a start rewrote, by the tensor's name, as they were.
+        flags: ``requires_grad`` of tensors that a start froze, by name, as it was.
+        dtype: floating-point type of the norm when it was put in place, if it had tensors.
+    """
+
+    original: nn.Module
+    spec: NormSpec
+    fidelity: Fidelity
+    note: str
+    carried: frozenset[str]
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A site that a conversion had to leave as it was: what it is, what was asked, why not."""
+
+    source: str
+    to: str
+    reason: str
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """The record of a norm that a conversion put in place, or ``None``."""
+    return vars(module).get(_RECORD)
+
+
+def records(model: nn.Module) -> dict[str, tuple[nn.Module, Record]]:
+    """Every norm that a conversion put into a model, with its record, by path."""
+    found = ((path, module, record_of(module)) for path, module in model.named_modules())
+    return {path: (module, record) for path, module, record in found if record is not None}
+
+
+def skips(model: nn.Module) -> dict[str, Skip]:
+    """What conversions of this model had to leave as it was, by path."""
+    return dict(vars(model).get(_SKIPS, {}))
+
+
+def set_skips(model: nn.Module, left: Mapping[str, Skip]) -> None:
+    """Remember what was left, or forget it when nothing was."""
+    if left:
+        vars(model)[_SKIPS] = dict(left)
+    else:
+        vars(model).pop(_SKIPS, None)
+
+
+def keep(
+    old: nn.Module, made: Furnished, spec: NormSpec, fidelity: Fidelity, note: str
+) -> Record:
+    """Write the record of a new norm onto it; a chain of conversions leads to the first original.
+
+    Args:
+        old: the module that is being replaced.
+        made: the new norm.
+        spec: what it was asked to be.
+        fidelity: how faithfully it starts.
+        note: what is worth saying about it.
+
+    Returns:
+        The record of this one step, whose original is ``old``.
+    """
+    anchor = _anchor(made.module)
+    step = Record(
+        original=old,
+        spec=spec,
+        fidelity=fidelity,
+        note=note,
+        carried=made.carried,
+        saved={name: _tensor(old, name).detach().clone() for name in made.rewrites},
+        flags={
+            name: not flag
+            for name, flag in made.requires_grad.items()
+            if _tensor(old, name).requires_grad != flag
+        },
+        dtype=None if anchor is None else anchor.dtype,
+    )
+    earlier = record_of(old)
+    vars(made.module)[_RECORD] = step if earlier is None else _chain(earlier, step, made)
+    return step
+
+
+def _chain(earlier: Record, step: Record, made: Furnished) -> Record:
+    """The record that leads over two steps at once."""
+    _hand_over(earlier.original, step.original, earlier.carried - made.carried)
+    flags = dict(step.flags) | dict(earlier.flags)
+    return replace(
+        step,
+        original=earlier.original,
+        carried=earlier.carried & step.carried,
+        saved={k: v for k, v in step.saved.items() if k in earlier.carried} | dict(earlier.saved),
+        flags={k: flag for k, flag in flags.items() if made.requires_grad.get(k) != flag},
+        dtype=earlier.dtype,
+    )
+
+
+def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes) -> None:
+    """Add to ``changes`` what brings a record's original back in the place of ``current``.
+
+    Tensors that both hold go back with the values they have now, unless a start rewrote them;
+    what the conversion had put aside follows to where the model is now.
+
+    Args:
+        current: the norm in the model.
+        record: what it replaced, and what was carried and saved.
+        place: a tensor of the model, for the device where the norm has none of its own.
+        changes: where the changes are collected.
+    """
+    original = record.original
+    _hand_over(original, current, record.carried)
+    anchor = _anchor(current)
+    device = place.device if anchor is None else anchor.device
+    moved = anchor is not None and anchor.dtype != record.dtype
+    _follow(original, device, anchor.dtype if anchor is not None and moved else None, record.carried)
+    original.training = current.training
+    changes.modules.append((current, original))
+    for name, value in record.saved.items():
+        tensor = _tensor(original, name)
+        changes.writes.append((tensor, value.to(tensor)))
+    for name, flag in record.flags.items():
+        changes.flags.append((_tensor(original, name), flag))
+
+
+def model_place(model: nn.Module) -> Tensor:
+    """A floating-point tensor of the model, for its device and dtype."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+
+def _anchor(module: nn.Module) -> Tensor | None:
+    """A tensor of the norm that tells where it is, and in which precision."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((t for t in tensors if t.is_floating_point()), None)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    tensor = getattr(module, name)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{type(module).__name__}.{name} is no tensor")
+    return tensor
+
+
+def _hand_over(to: nn.Module, current: nn.Module, names: frozenset[str]) -> None:
+    """Let ``to`` hold the very tensors that ``current`` holds now under these names."""
+    for name in names:
+        for held in ("_parameters", "_buffers"):
+            if name in getattr(current, held) and name in getattr(to, held):
+                getattr(to, held)[name] = getattr(current, held)[name]
+
+
+def _follow(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, skip: frozenset[str]
+) -> None:
+    """Move the module's own tensors, except those named, to a device and if given to a dtype."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(device=device, dtype=to)
+
+    for name, parameter in module._parameters.items():
+        if parameter is not None and name not in skip:
+            parameter.data = moved(parameter)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in skip:
+            module._buffers[name] = moved(buffer)
