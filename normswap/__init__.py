@@ -26,20 +26,26 @@ if TYPE_CHECKING:
     from normswap.norms.registry import build as build
     from normswap.norms.registry import list_norms as list_norms
     from normswap.norms.registry import spec as spec
+    from normswap.stats.keeping import preserve_stats as preserve_stats
+    from normswap.stats.report import WarmupReport as WarmupReport
+    from normswap.stats.warmup import warmup as warmup
 
 _WHERE = {
     "NormSpec": "norms.registry",
     "NormSwapError": "errors",
     "NormSwapWarning": "errors",
+    "WarmupReport": "stats.report",
     "build": "norms.registry",
     "convert": "api",
     "converted": "api",
     "find": "api",
     "list_norms": "norms.registry",
     "plan": "api",
+    "preserve_stats": "stats.keeping",
     "report": "api",
     "revert": "api",
     "spec": "norms.registry",
+    "warmup": "stats.warmup",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605

@@ -1,0 +1,78 @@
+"""Which norms a statistics pass is about, and why the others are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import StatisticsError
+from normswap.graph.modules import walk
+from normswap.graph.site import NormSite
+from normswap.swap.select import Selector, select
+
+__all__ = ["choose"]
+
+
+def choose(
+    model: nn.Module, where: Selector | None
+) -> tuple[list[NormSite], dict[str, str]]:
+    """Choose the norms whose running statistics are to be estimated.
+
+    In a model that is in eval mode throughout these are all that keep running statistics. In one
+    that is training, a norm in eval mode is held frozen by its owner, and left alone, as are
+    `FrozenBatchNorm` and ``momentum=0``. ``where`` overrides.
+
+    Returns:
+        The chosen sites, and by path why the others that keep statistics are left.
+
+    Raises:
+        StatisticsError: no norm is chosen.
+        NothingMatched: ``where`` matches nothing.
+    """
+    keepers = [site for site in walk(model) if site.state.tracks]
+    if not keepers:
+        raise StatisticsError(
+            "no normalization of the model keeps running statistics, so there is nothing to "
+            "estimate; print(normswap.find(model)) shows what it has"
+        )
+    if where is not None:
+        chosen = select(where, keepers, "where")
+        for site in chosen:
+            if not _updates(site):
+                raise StatisticsError(
+                    f"{site.label}: it is frozen by its class and measures nothing; convert it to "
+                    '"bn" first, or leave it out of where='
+                )
+        return chosen, {site.path: "not in where=" for site in keepers if site not in chosen}
+    training = any(site.module.training for site in keepers if _updates(site))
+    chosen, left = [], {}
+    for site in keepers:
+        reason = _reason_to_leave(site, training=training)
+        if reason:
+            left[site.path] = reason
+        else:
+            chosen.append(site)
+    if not chosen:
+        raise StatisticsError(
+            "every normalization that keeps running statistics is frozen: "
+            + "; ".join(f"{path}: {reason}" for path, reason in list(left.items())[:4])
+            + "; choose by where="
+        )
+    return chosen, left
+
+
+def _updates(site: NormSite) -> bool:
+    """Whether the norm's class ever updates running statistics."""
+    module: Any = site.module
+    return site.state.rule.train.measures and hasattr(module, "momentum")
+
+
+def _reason_to_leave(site: NormSite, *, training: bool) -> str:
+    if not _updates(site):
+        return "frozen by its class"
+    if site.state.momentum == 0:
+        return "frozen by momentum=0"
+    if training and not site.module.training:
+        return "frozen: in eval mode while others train"
+    return ""
