@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from normswap.api import converted as converted
     from normswap.api import find as find
     from normswap.api import plan as plan
-    from normswap.api import report as report
-    from normswap.api import revert as revert
+    from normswap.api import preserve_stats as preserve_stats
+    from normswap.api import warmup as warmup
     from normswap.errors import NormSwapError as NormSwapError
     from normswap.errors import NormSwapWarning as NormSwapWarning
     from normswap.norms.registry import NormSpec as NormSpec
     from normswap.norms.registry import build as build
     from normswap.norms.registry import list_norms as list_norms
     from normswap.norms.registry import spec as spec
-    from normswap.stats.keeping import preserve_stats as preserve_stats
     from normswap.stats.report import WarmupReport as WarmupReport
-    from normswap.stats.warmup import warmup as warmup
+    from normswap.swap.apply import revert as revert
+    from normswap.swap.report import report as report
 
 _WHERE = {
     "NormSpec": "norms.registry",
@@ -41,14 +41,14 @@ _WHERE = {
     "find": "api",
     "list_norms": "norms.registry",
     "plan": "api",
-    "preserve_stats": "stats.keeping",
-    "report": "api",
-    "revert": "api",
+    "preserve_stats": "api",
+    "report": "swap.report",
+    "revert": "swap.apply",
     "spec": "norms.registry",
-    "warmup": "stats.warmup",
+    "warmup": "api",
 }
 
-__all__ = sorted(_WHERE)  # noqa: PLE0605
+__all__ = sorted(_WHERE)
 __version__ = "0.1.0"
 
 

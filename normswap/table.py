@@ -1,12 +1,54 @@
-"""The one way normswap draws a table: plans, sites, reports and lists of norms."""
+"""The one way normswap shows things in rows: plans, sites, reports and lists of norms."""
 
 from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
-__all__ = ["render"]
+__all__ = ["Listing", "render"]
+
+T = TypeVar("T")
+
+
+class Listing(Sequence[T]):
+    """An immutable sequence that prints as a table.
+
+    Args:
+        items: what it holds.
+    """
+
+    title: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = tuple(items)
+
+    @abstractmethod
+    def cells(self, item: T) -> Sequence[object]:
+        """One row of the table."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """All of it in one line."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """One item, or a tuple of them for a slice."""
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.summary()}>"
+
+    def __str__(self) -> str:
+        return render(self.title, self.columns, map(self.cells, self), footer=self.summary())
 
 
 def render(

@@ -1,0 +1,1 @@
+"""Where the norms of a model are, and what stands around them."""

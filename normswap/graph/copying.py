@@ -22,7 +22,6 @@ def structure_copy(model: M) -> M:
     """
     memo: dict[int, object] = {}
     for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
+        for held in (module._parameters, module._buffers, vars(module)):
+            memo.update((id(value), value) for value in held.values() if isinstance(value, Tensor))
     return copy.deepcopy(model, memo)

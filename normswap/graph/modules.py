@@ -16,18 +16,23 @@ from normswap.norms.pool import NOTHING, Rule
 from normswap.norms.registry import reader
 from normswap.norms.state import NormState
 
-__all__ = ["quantized", "read_site", "uninitialised", "walk"]
+__all__ = ["find", "quantized", "read_site", "uninitialised"]
 
 
-def walk(model: nn.Module, example_inputs: Any = None) -> Sites:
-    """Find the norms of a model by walking its modules, the model itself included.
+def find(model: nn.Module, example_inputs: Any = None) -> Sites:
+    """Find every normalization of a model, the model itself included.
 
-    What is inside a norm (a fused activation, an inner norm) is the norm's own and not listed.
+    Modules are found by walking; what is inside a norm (a fused activation, an inner norm) is the
+    norm's own and not listed. What feeds a norm, what follows it and how often it is called is
+    read from a torch.fx trace of a copy, made at the first question. The model is not touched.
 
     Args:
         model: any module.
-        example_inputs: arguments for one forward, to learn input shapes: a tensor, a tuple or
-            list of positional arguments, or a mapping of keyword arguments.
+        example_inputs: arguments for one forward in eval mode, to learn the input shapes: a
+            tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+    Returns:
+        The sites in the order of the model's modules; ``print()`` shows a table.
     """
     known: dict[type[nn.Module], bool] = {}
     names: dict[int, list[str]] = {}
@@ -70,7 +75,8 @@ def read_site(
         raise TypeError(f"{type(module).__name__} is not a known norm")
     read, known_class = found
     obstacle = _obstacle(module, known_class)
-    state = _unread(module) if uninitialised(module) else read(module)
+    unreadable = uninitialised(module) or quantized(module)
+    state = _unread(module) if unreadable else read(module)
     return NormSite(
         path=path,
         kind=state.kind,
@@ -91,7 +97,8 @@ def _obstacle(module: nn.Module, known_class: type[nn.Module]) -> str:
         return "it is quantized; convert the model before quantizing it"
     if "forward" in vars(module):
         return "its forward was replaced on the instance; undo that first"
-    if parametrize.type_before_parametrizations(module).forward is not known_class.forward:
+    plain: Any = parametrize.type_before_parametrizations(module)
+    if plain.forward is not known_class.forward:
         return (
             f"it overrides the forward of {known_class.__name__}, so what it computes is not "
             "known; leave it out by skip="
@@ -114,6 +121,6 @@ def quantized(module: nn.Module) -> bool:
 
 
 def _unread(module: nn.Module) -> NormState:
-    """What can be said of a lazy norm before its first batch."""
+    """What can be said of a norm that has no weights to speak of yet, or no longer."""
     kind = "instance_norm" if "Instance" in type(module).__name__ else "batch_norm"
     return NormState(norm="", kind=kind, num_features=0, rule=Rule.always(NOTHING))

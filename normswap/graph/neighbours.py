@@ -70,15 +70,19 @@ class Neighbourhood:
                     continue
                 calls.setdefault(first_path[id(module)], []).append((order, node, fragment.prefix))
                 order += 1
-        return {
-            path: Neighbours(
-                producer=_agreed([_producer(node, prefix, modules) for _, node, prefix in found]),
-                activation=_agreed([_activation(node, prefix, modules) for _, node, prefix in found]),
-                calls=len(found),
-                order=found[0][0],
-            )
-            for path, found in calls.items()
-        }
+        return {path: _summary(seen, modules) for path, seen in calls.items()}
+
+
+def _summary(
+    calls: list[tuple[int, torch.fx.Node, str]], modules: dict[str, nn.Module]
+) -> Neighbours:
+    """What all calls of one norm, each with its place in the order and its prefix, agree on."""
+    return Neighbours(
+        producer=_agreed([_producer(node, prefix, modules) for _, node, prefix in calls]),
+        activation=_agreed([_activation(node, prefix, modules) for _, node, prefix in calls]),
+        calls=len(calls),
+        order=calls[0][0],
+    )
 
 
 def _agreed(answers: list[str | None]) -> str | None:

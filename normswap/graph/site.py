@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Literal
 
 from torch import nn
 
 from normswap.graph.neighbours import Neighbourhood, Neighbours
 from normswap.norms.state import NormState
-from normswap.table import render
+from normswap.table import Listing
 
 __all__ = ["NormSite", "Sites"]
 
@@ -97,28 +98,15 @@ class NormSite:
         return self._neighbourhood.of(self.path) if self._neighbourhood else None
 
 
-class Sites(Sequence[NormSite]):
+class Sites(Listing[NormSite]):
     """The normalizations of a model, in the order of its modules; prints as a table."""
 
-    def __init__(self, sites: Sequence[NormSite], neighbourhood: Neighbourhood) -> None:
-        self._sites = tuple(sites)
+    title = "Normalizations"
+    columns = ("path", "kind", "class", "C", "channels at", "fed by", "activation", "also called")
+
+    def __init__(self, sites: Iterable[NormSite], neighbourhood: Neighbourhood) -> None:
+        super().__init__(sites)
         self._neighbourhood = neighbourhood
-
-    @overload
-    def __getitem__(self, index: int) -> NormSite: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sites: ...
-    def __getitem__(self, index: int | slice) -> NormSite | Sites:
-        """One site, or a slice of them as `Sites`."""
-        if isinstance(index, slice):
-            return Sites(self._sites[index], self._neighbourhood)
-        return self._sites[index]
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def __iter__(self) -> Iterator[NormSite]:
-        return iter(self._sites)
 
     @property
     def blind(self) -> dict[str, str]:
@@ -127,29 +115,22 @@ class Sites(Sequence[NormSite]):
 
     def counts(self) -> dict[str, int]:
         """How many there are of each kind."""
-        found: dict[str, int] = {}
-        for site in self:
-            found[site.kind] = found.get(site.kind, 0) + 1
-        return found
+        return dict(Counter(site.kind for site in self))
 
-    def __repr__(self) -> str:
-        return f"<{len(self)} normalizations: {self.counts()}>"
+    def summary(self) -> str:
+        """How many there are, of what."""
+        of_each = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
+        return f"{len(self)} normalizations" + (f": {of_each}" if of_each else "")
 
-    def __str__(self) -> str:
-        return render(
-            f"{len(self)} normalizations",
-            ("path", "kind", "class", "C", "channels at", "fed by", "activation", "also called"),
-            (
-                (
-                    site.path or "(the model itself)",
-                    site.kind,
-                    type(site.module).__name__,
-                    site.num_features,
-                    site.channel_dim,
-                    site.producer or "",
-                    site.activation or "",
-                    ", ".join(site.aliases),
-                )
-                for site in self
-            ),
+    def cells(self, item: NormSite) -> tuple[object, ...]:
+        """One site as a row."""
+        return (
+            item.path or "(the model itself)",
+            item.kind,
+            type(item.module).__name__,
+            item.num_features,
+            item.channel_dim,
+            item.producer or "",
+            item.activation or "",
+            ", ".join(item.aliases),
         )

@@ -21,8 +21,14 @@ __all__ = ["install"]
 
 def install() -> None:
     """Teach the registry and the tracer what timm knows; doing it twice changes nothing."""
-    from timm.layers import BatchNormAct2d, GroupNorm1Act, GroupNormAct, SyncBatchNormAct
-    from timm.layers import get_notrace_functions, get_notrace_modules
+    from timm.layers import (
+        BatchNormAct2d,
+        GroupNorm1Act,
+        GroupNormAct,
+        SyncBatchNormAct,
+        get_notrace_functions,
+        get_notrace_modules,
+    )
 
     add_readers(
         {

@@ -6,7 +6,6 @@ Covariate Shift", ICML 2015, arXiv 1502.03167.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,8 +47,8 @@ class SynchronizedBatchNorm(Norm):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: nn.Parameter  # or None, as torch has it
+    bias: nn.Parameter
     momentum: float | None
     eps: float
     track_running_stats: bool
@@ -100,7 +99,7 @@ _TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _OURS = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
 
 
-def read_batch_norm(module: nn.Module, *, norm: str = "bn", **extra: Any) -> NormState:
+def read_batch_norm(module: nn.Module, *, norm: str = "bn") -> NormState:
     """Read any `torch.nn.modules.batchnorm._BatchNorm`."""
     held: Any = module
     given = tensors(module)
@@ -121,7 +120,8 @@ def read_batch_norm(module: nn.Module, *, norm: str = "bn", **extra: Any) -> Nor
             "affine": given["weight"] is not None,
             "track_running_stats": tracks,
         },
-        **{**given, **layout(module), **extra},
+        **given,
+        **layout(module),
     )
 
 
@@ -187,10 +187,7 @@ ENTRY = NormEntry(
     paper="Ioffe and Szegedy 2015, arXiv 1502.03167",
     sources=BATCH_SOURCES,
     start=start_batch_norm,
-    reads={
-        cls: partial(read_batch_norm, norm="bn")
-        for cls in (*_TORCH.values(), *_OURS.values(), _BatchNorm)
-    },
+    reads=dict.fromkeys((*_TORCH.values(), *_OURS.values(), _BatchNorm), read_batch_norm),
     options=(
         Option("sync", False, "pool over all ranks; DDP takes it on CPU too"),
         Option("process_group", None, "the ranks that share statistics; None: all"),

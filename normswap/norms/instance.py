@@ -135,7 +135,7 @@ ENTRY = NormEntry(
     paper="Ulyanov et al. 2016, arXiv 1607.08022",
     sources=MAP_SOURCES,
     start=start_instance_norm,
-    reads={cls: read_instance_norm for cls in (*_TORCH.values(), *_OURS.values())},
+    reads=dict.fromkeys((*_TORCH.values(), *_OURS.values()), read_instance_norm),
     options=(
         EPS,
         MOMENTUM,

@@ -65,18 +65,6 @@ class Pool:
             return mean.mean().expand_as(mean), spread.expand_as(var)
         return mean, var
 
-    def __str__(self) -> str:
-        if self.over == "group":
-            return "H·W of one sample and channel" if self.channels == 1 else (
-                f"{self.channels} channels × H·W of one sample"
-            )
-        return {
-            "batch": "N × H·W of one channel",
-            "position": "C at one position",
-            "running": "running statistics",
-            "nothing": "nothing",
-        }[self.over]
-
 
 BATCH = Pool("batch")
 POSITION = Pool("position")

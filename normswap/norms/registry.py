@@ -14,7 +14,7 @@ from normswap.norms.entry import NormEntry, Reader
 from normswap.norms.furnish import furnish
 from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState, fresh_state
-from normswap.table import render
+from normswap.table import Listing
 
 __all__ = ["NormList", "NormSpec", "add_readers", "build", "kinds", "list_norms", "reader", "spec"]
 
@@ -135,27 +135,36 @@ def build(name: str, num_features: int, *, dim: int = 2, **options: Any) -> nn.M
     return furnish(state, spec(name, **options).start(state)).module
 
 
-class NormList(list[NormEntry]):
+class NormList(Listing[NormEntry]):
     """The registered norms; prints as a table."""
 
-    def __str__(self) -> str:
-        return render(
-            "Norms",
-            ("name", "aliases", "axis", "pooled over", "converts by default", "inputs", "options",
-             "paper"),
-            (
-                (
-                    entry.name,
-                    "\n".join(entry.aliases),
-                    entry.axis,
-                    entry.pooled,
-                    "\n".join(sorted(entry.sources)),
-                    "\n".join(entry.inputs),
-                    "\n".join(option.name for option in entry.options),
-                    entry.paper,
-                )
-                for entry in self
-            ),
+    title = "Norms"
+    columns = (
+        "name",
+        "aliases",
+        "axis",
+        "pooled over",
+        "converts by default",
+        "inputs",
+        "options",
+        "paper",
+    )
+
+    def summary(self) -> str:
+        """How many there are."""
+        return f"{len(self)} norms"
+
+    def cells(self, item: NormEntry) -> tuple[object, ...]:
+        """One norm as a row."""
+        return (
+            item.name,
+            "\n".join(item.aliases),
+            item.axis,
+            item.pooled,
+            "\n".join(sorted(item.sources)),
+            "\n".join(item.inputs),
+            "\n".join(option.name for option in item.options),
+            item.paper,
         )
 
 

@@ -123,7 +123,8 @@ def _fidelity(
     if "nothing" in (rule.eval.over, state.rule.eval.over):
         return Fidelity.FRESH
     matchable = state.rule.eval.over == "running" and rule.eval.measures
-    if carry == "auto" and matchable and (affine is not False or _is_identity(rule.eval, state, eps)):
+    rewritable = affine is not False or _is_identity(rule.eval, state, eps)
+    if carry == "auto" and matchable and rewritable:
         return Fidelity.MATCHED
     return Fidelity.AFFINE
 

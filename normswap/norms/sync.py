@@ -79,7 +79,8 @@ def synchronized_batch_norm(
     y = (values - mean.to(values.dtype).view(shape)) * scale.view(shape)
     if bias is not None:
         y = y + bias.view(shape)
-    return y.to(x.dtype)
+    normalized: Tensor = y.to(x.dtype)
+    return normalized
 
 
 class _AllGather(torch.autograd.Function):

@@ -5,6 +5,7 @@ Peng et al., "MegDet: A Large Mini-Batch Object Detector", CVPR 2018, arXiv 1711
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,7 +88,8 @@ def start_sync_batch_norm(
 
 def read_sync_batch_norm(module: nn.Module) -> NormState:
     """Read torch's SyncBatchNorm or ours, which remembers the dimension it came from."""
-    return read_batch_norm(module, norm="sync_bn", dim=getattr(module, "dim", None))
+    state = read_batch_norm(module, norm="sync_bn")
+    return replace(state, dim=getattr(module, "dim", None))
 
 
 ENTRY = NormEntry(

@@ -1,0 +1,1 @@
+"""Passes over data that estimate statistics."""

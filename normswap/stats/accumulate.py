@@ -79,11 +79,13 @@ class Pooled(Accumulator):
     """
 
     def add(self, batch: Batch) -> None:
+        """Take in one batch, single values included."""
         self.calls += 1
         count = torch.full_like(self.weight, batch.count)
         self.merge(count, batch.mean, batch.var * (batch.count - 1))
 
     def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
+        """Take in a count, a mean and a sum of squared deviations."""
         total = self.weight + weight
         if total == 0:
             return
@@ -93,6 +95,7 @@ class Pooled(Accumulator):
         self.weight = total
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance of everything seen."""
         if self.weight < 2:
             raise StatisticsError(
                 f"it saw {int(self.weight)} values per channel, and a variance takes two or more"
@@ -116,12 +119,14 @@ class Average(Accumulator):
         self._by_samples = by_samples
 
     def add(self, batch: Batch) -> None:
+        """Take in one batch, unless it is a single value."""
         self.calls += 1
         if batch.count > 1:
             weight = torch.full_like(self.weight, batch.samples if self._by_samples else 1)
             self.merge(weight, batch.mean, batch.var)
 
     def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
+        """Take in a weight, a mean of means and a mean of variances."""
         total = self.weight + weight
         if total == 0:
             return
@@ -130,6 +135,7 @@ class Average(Accumulator):
         self.weight = total
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """Average mean and average unbiased variance."""
         if self.weight == 0:
             raise StatisticsError("it saw no batch of two or more values per channel")
         return self.mean, self.spread
@@ -145,15 +151,14 @@ class Ema(Average):
         batches: how many batches these have seen.
     """
 
-    def __init__(
-        self, mean: Tensor, var: Tensor, *, momentum: float | None, batches: int
-    ) -> None:
+    def __init__(self, mean: Tensor, var: Tensor, *, momentum: float | None, batches: int) -> None:
         super().__init__(len(mean), precise(mean).device)
         self._momentum = momentum
         self._batches = batches
         self.mean, self.spread = precise(mean), precise(var)
 
     def add(self, batch: Batch) -> None:
+        """Move on by one batch, unless it is a single value."""
         self.calls += 1
         if batch.count < 2:
             return

@@ -7,16 +7,14 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import StatisticsError
-from normswap.graph.modules import walk
+from normswap.graph.modules import find
 from normswap.graph.site import NormSite
 from normswap.swap.select import Selector, select
 
 __all__ = ["choose"]
 
 
-def choose(
-    model: nn.Module, where: Selector | None
-) -> tuple[list[NormSite], dict[str, str]]:
+def choose(model: nn.Module, where: Selector | None) -> tuple[list[NormSite], dict[str, str]]:
     """Choose the norms whose running statistics are to be estimated.
 
     In a model that is in eval mode throughout these are all that keep running statistics. In one
@@ -30,7 +28,7 @@ def choose(
         StatisticsError: no norm is chosen.
         NothingMatched: ``where`` matches nothing.
     """
-    keepers = [site for site in walk(model) if site.state.tracks]
+    keepers = [site for site in find(model) if site.state.tracks]
     if not keepers:
         raise StatisticsError(
             "no normalization of the model keeps running statistics, so there is nothing to "

@@ -41,7 +41,7 @@ def merge_ranks(accumulators: list[Accumulator], group: Any) -> None:
         numbers = rank.to(accumulators[0].mean.device)
         for accumulator in accumulators:
             size = len(accumulator.mean)
-            weight, calls, mean, spread = numbers[: 2 * size + 2].split([1, 1, size, size])
+            weight, calls, mean, spread = torch.split(numbers[: 2 * size + 2], [1, 1, size, size])
             accumulator.merge(weight.squeeze(), mean, spread)
             accumulator.calls += int(calls)
             numbers = numbers[2 * size + 2 :]

@@ -123,6 +123,4 @@ def _tracked(
         total = None
     if batches is not None:
         total = batches if total is None else min(batches, total)
-    yield from track(
-        loader, title, total=total, console=Console(stderr=True), transient=True
-    )
+    yield from track(loader, title, total=total, console=Console(stderr=True), transient=True)

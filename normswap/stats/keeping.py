@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from normswap.graph.modules import walk
+from normswap.graph.modules import find
 
 __all__ = ["kept_modes", "kept_random_state", "preserve_stats"]
 
@@ -32,8 +32,8 @@ def kept_random_state() -> Iterator[None]:
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else ()):
         try:
             yield
         finally:
@@ -57,7 +57,7 @@ def preserve_stats(model: nn.Module) -> Iterator[nn.Module]:
     """
     kept = [
         (buffer, buffer.detach().clone())
-        for site in walk(model)
+        for site in find(model)
         for buffer in site.module.buffers()
     ]
     try:

@@ -63,8 +63,9 @@ class _Meter:
         self.parameters = dict(self.module._parameters)
         self.momentum = self.module.momentum
         self.local = _local_attributes(site)
-        self.shadowed = {name: vars(self.module)[name] for name in self.local
-                         if name in vars(self.module)}
+        self.shadowed = {
+            name: vars(self.module)[name] for name in self.local if name in vars(self.module)
+        }
         self.alone: Tensor | None = None
 
     def attach(self) -> None:

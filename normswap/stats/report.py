@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from normswap.table import render
+from normswap.table import Listing
 
 __all__ = ["Drift", "WarmupReport", "drift"]
 
@@ -33,7 +32,7 @@ class Drift:
     var_ratio: float | None = None
 
 
-class WarmupReport(Sequence[Drift]):
+class WarmupReport(Listing[Drift]):
     """The outcome of `normswap.warmup`, norm by norm; prints as a table.
 
     Attributes:
@@ -44,9 +43,12 @@ class WarmupReport(Sequence[Drift]):
         seconds: how long it took.
     """
 
+    title = "Warm-up"
+    columns = ("path", "status", "calls", "mean moved by (std)", "variance ×")
+
     def __init__(
         self,
-        rows: Sequence[Drift],
+        rows: Iterable[Drift],
         *,
         method: str,
         batches: int,
@@ -54,22 +56,12 @@ class WarmupReport(Sequence[Drift]):
         skipped: int,
         seconds: float,
     ) -> None:
-        self._rows = tuple(rows)
+        super().__init__(rows)
         self.method = method
         self.batches = batches
         self.samples = samples
         self.skipped = skipped
         self.seconds = seconds
-
-    def __getitem__(self, index: Any) -> Any:
-        """One norm's drift, or a tuple of them for a slice."""
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[Drift]:
-        return iter(self._rows)
 
     @property
     def estimated(self) -> list[Drift]:
@@ -81,31 +73,22 @@ class WarmupReport(Sequence[Drift]):
         """The norms that were left alone, with the reason as their status."""
         return [row for row in self if row.status != "estimated"]
 
-    def __repr__(self) -> str:
-        return f"<WarmupReport: {self._summary()}>"
-
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """How many norms from how much data, and how long it took."""
         skipped = f", {self.skipped} batches skipped" if self.skipped else ""
         return (
             f"{self.method}: {len(self.estimated)} of {len(self)} norms from {self.samples} "
             f"samples in {self.batches} batches{skipped}, {self.seconds:.1f} s"
         )
 
-    def __str__(self) -> str:
-        return render(
-            "Warm-up",
-            ("path", "status", "calls", "mean moved by (std)", "variance ×"),
-            (
-                (
-                    row.path or "(the model itself)",
-                    row.status,
-                    row.calls or "",
-                    "" if row.mean_shift is None else f"{row.mean_shift:.3f}",
-                    "" if row.var_ratio is None else f"{row.var_ratio:.3f}",
-                )
-                for row in self
-            ),
-            footer=self._summary(),
+    def cells(self, item: Drift) -> tuple[object, ...]:
+        """One norm as a row."""
+        return (
+            item.path or "(the model itself)",
+            item.status,
+            item.calls or "",
+            "" if item.mean_shift is None else f"{item.mean_shift:.3f}",
+            "" if item.var_ratio is None else f"{item.var_ratio:.3f}",
         )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from normswap.errors import OptionError, StatisticsError
 from normswap.graph.site import NormSite
-from normswap.integrations import install_loaded
 from normswap.stats.accumulate import Accumulator, Average, Batch, Ema, Pooled, precise
 from normswap.stats.choice import choose
 from normswap.stats.distributed import merge_ranks
@@ -85,7 +84,6 @@ def warmup(
         raise OptionError(f'method={method!r} is none of "ema", "average", "pooled"')
     if on_nonfinite not in ("raise", "skip"):
         raise OptionError(f'on_nonfinite={on_nonfinite!r} is neither "raise" nor "skip"')
-    install_loaded()
     inner = unwrapped(model)
     sites, left = choose(inner, where)
     collector = _Collector(sites, method)

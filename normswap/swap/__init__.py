@@ -1,0 +1,1 @@
+"""Planning conversions, making them and taking them back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,14 +18,13 @@ from normswap.swap.journal import (
     keep,
     model_place,
     put_back,
-    record_of,
     records,
     set_skips,
     skips,
 )
-from normswap.swap.plan import Plan, Step
+from normswap.swap.step import Step
 
-__all__ = ["Applied", "apply_plan", "revert", "undo"]
+__all__ = ["Applied", "apply_steps", "revert", "undo"]
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,48 @@ class Applied:
     skips_before: dict[str, Skip]
 
 
-def apply_plan(plan: Plan) -> Applied:
+def apply_steps(model: nn.Module, steps: Iterable[Step]) -> Applied:
     """Build every new norm, then put them all in place at once.
 
     Raises:
         StalePlan: a norm of the plan is no longer where it was.
     """
-    model = plan.model
-    _refuse_stale(plan)
+    steps = list(steps)
+    converting = [step for step in steps if step.action == "convert"]
+    _refuse_stale(model, converting)
     changes = Changes()
-    made = [(step, *_make(step, changes)) for step in plan.of("convert")]
-    left = skips(model)
+    made = [_make(step, changes) for step in converting]
+    before = skips(model)
+    after = _skips_after(before, steps)
     converted = changes.make(model)
-    # From here on nothing can fail: the model is converted and is told what was left.
-    remembered = {path: skip for path, skip in left.items() if path in _paths(plan, "skip", "leave")}
-    for step in plan.of("skip"):
-        remembered[step.site.path] = Skip(type(step.site.module).__name__, str(step.to), step.reason)
-    set_skips(converted, remembered)
-    return Applied(converted, [(module, record) for _, module, record in made], left)
+    set_skips(converted, after)
+    return Applied(converted, made, before)
+
+
+def _skips_after(before: dict[str, Skip], steps: list[Step]) -> dict[str, Skip]:
+    """What there is to remember as left: what is still left of before, and what is now."""
+    untouched = {step.site.path for step in steps if step.action == "leave"}
+    after = {path: skip for path, skip in before.items() if path in untouched}
+    for step in steps:
+        if step.action == "skip":
+            source = type(step.site.module).__name__
+            after[step.site.path] = Skip(source, str(step.to), step.reason)
+    return after
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Put every first original back; see `normswap.revert`."""
+    """Put every normalization back as it was before the first conversion.
+
+    Classes, settings and hooks are the first original's, also after several conversions. Values
+    that were carried unchanged keep what they have become; values that a start rewrote come back
+    as they were, on the model's present device and in its present precision.
+
+    Args:
+        model: a model, any part of it, or a copy; one that was never converted stays as it is.
+
+    Returns:
+        The reverted model: the same object, unless the model itself was a norm.
+    """
     found = [(module, record) for module, record in records(model).values()]
     return _take_back(model, found, {})
 
@@ -106,15 +126,11 @@ def _make(step: Step, changes: Changes) -> tuple[nn.Module, Record]:
     return new, keep(old, made, spec, start.fidelity, start.note)
 
 
-def _refuse_stale(plan: Plan) -> None:
-    present = dict(plan.model.named_modules(remove_duplicate=False))
-    for step in plan.of("convert"):
+def _refuse_stale(model: nn.Module, converting: list[Step]) -> None:
+    present = dict(model.named_modules(remove_duplicate=False))
+    for step in converting:
         if present.get(step.site.path) is not step.site.module:
             raise StalePlan(
                 f"{step.site.label} is no longer the module that the plan was made for; "
                 "make a new plan"
             )
-
-
-def _paths(plan: Plan, *actions: str) -> set[str]:
-    return {step.site.path for step in plan if step.action in actions}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from functools import cache
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -30,7 +30,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     new.training = old.training
     for name in _HOOKS:
         vars(new)[name] = vars(old)[name]
-    left = _settings(type(old)) | set(TENSORS) | {"parametrizations"}
+    left = _settings(type(old).__mro__) | set(TENSORS) | {"parametrizations"}
     left |= set(old.own) if isinstance(old, Norm) else set()
     for held in ("_parameters", "_buffers", "_modules"):
         theirs, ours = getattr(old, held), getattr(new, held)
@@ -48,11 +48,11 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
         parametrize.transfer_parametrizations_and_params(old, new)
 
 
-@lru_cache(maxsize=None)
-def _settings(cls: type[nn.Module]) -> frozenset[str]:
+@cache
+def _settings(lineage: tuple[type, ...]) -> frozenset[str]:
     """What a class keeps of its constructor's arguments: the old norm's business alone."""
     found: set[str] = set()
-    for ancestor in cls.__mro__:
+    for ancestor in lineage:
         if ancestor is nn.Module:
             break
         found.update(getattr(ancestor, "__constants__", ()))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,37 +39,27 @@ class Changes:
             for parent in list(model.modules()):
                 for name, child in parent._modules.items():
                     if child is not None and id(child) in replacement:
-                        _do(undo, parent._modules.__setitem__, name, child, replacement[id(child)])
+                        put = partial(parent._modules.__setitem__, name)
+                        _do(undo, put, child, replacement[id(child)])
             for old, new in self.modules:
-                undo.callback(_bind_hooks, new, old)
-                _bind_hooks(new, new)
+                _do(undo, partial(_bind_hooks, new), old, new)
             for tensor, value in self.writes:
-                _do(undo, _write_to(tensor), None, tensor.detach().clone(), value)
+                _do(undo, partial(_write, tensor), tensor.detach().clone(), value)
             for parameter, flag in self.flags:
-                _do(undo, _flag_of(parameter), None, parameter.requires_grad, flag)
+                _do(undo, parameter.requires_grad_, parameter.requires_grad, flag)
             undo.pop_all()
         return replacement.get(id(model), model)
 
 
-def _do(undo: ExitStack, put: Callable[[Any, Any], None], key: Any, before: Any, after: Any) -> None:
-    """Put ``after``, and let ``undo`` put ``before``; registered first, lest an interrupt slip in."""
-    undo.callback(put, key, before)
-    put(key, after)
+def _do(undo: ExitStack, put: Callable[[Any], object], before: Any, after: Any) -> None:
+    """Put ``after``; ``undo`` puts ``before``, and knows it first, lest an interrupt slip in."""
+    undo.callback(put, before)
+    put(after)
 
 
-def _write_to(tensor: Tensor) -> Callable[[Any, Tensor], None]:
-    def write(_: Any, value: Tensor) -> None:
-        with torch.no_grad():
-            tensor.copy_(value)
-
-    return write
-
-
-def _flag_of(parameter: Tensor) -> Callable[[Any, bool], None]:
-    def flag(_: Any, value: bool) -> None:
-        parameter.requires_grad_(value)
-
-    return flag
+def _write(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
 
 
 def _bind_hooks(holder: nn.Module, owner: nn.Module) -> None:
@@ -77,7 +67,7 @@ def _bind_hooks(holder: nn.Module, owner: nn.Module) -> None:
 
     Old and new module share their hook dictionaries, so that a handle removes its hook from both.
     """
-    hooks: OrderedDict[int, Any] = holder._load_state_dict_pre_hooks
+    hooks: MutableMapping[int, Any] = holder._load_state_dict_pre_hooks
     for key, hook in hooks.items():
         if getattr(hook, "with_module", False):
             hooks[key] = type(hook)(hook.hook, owner)

@@ -13,7 +13,17 @@ from normswap.norms.furnish import Furnished
 from normswap.norms.registry import NormSpec
 from normswap.swap.changes import Changes
 
-__all__ = ["Record", "Skip", "keep", "model_place", "put_back", "record_of", "records", "skips", "set_skips"]
+__all__ = [
+    "Record",
+    "Skip",
+    "keep",
+    "model_place",
+    "put_back",
+    "record_of",
+    "records",
+    "set_skips",
+    "skips",
+]
 
 _RECORD = "_normswap_record"
 _SKIPS = "_normswap_skips"
@@ -80,9 +90,7 @@ def set_skips(model: nn.Module, left: Mapping[str, Skip]) -> None:
         vars(model).pop(_SKIPS, None)
 
 
-def keep(
-    old: nn.Module, made: Furnished, spec: NormSpec, fidelity: Fidelity, note: str
-) -> Record:
+def keep(old: nn.Module, made: Furnished, spec: NormSpec, fidelity: Fidelity, note: str) -> Record:
     """Write the record of a new norm onto it; a chain of conversions leads to the first original.
 
     Args:
@@ -144,9 +152,11 @@ def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes
     original = record.original
     _hand_over(original, current, record.carried)
     anchor = _anchor(current)
-    device = place.device if anchor is None else anchor.device
-    moved = anchor is not None and anchor.dtype != record.dtype
-    _follow(original, device, anchor.dtype if anchor is not None and moved else None, record.carried)
+    if anchor is None:
+        _follow(original, place.device, None, skip=record.carried)
+    else:
+        dtype = None if anchor.dtype == record.dtype else anchor.dtype
+        _follow(original, anchor.device, dtype, skip=record.carried)
     original.training = current.training
     changes.modules.append((current, original))
     for name, value in record.saved.items():
@@ -184,7 +194,7 @@ def _hand_over(to: nn.Module, current: nn.Module, names: frozenset[str]) -> None
 
 
 def _follow(
-    module: nn.Module, device: torch.device, dtype: torch.dtype | None, skip: frozenset[str]
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, skip: frozenset[str]
 ) -> None:
     """Move the module's own tensors, except those named, to a device and if given to a dtype."""
 

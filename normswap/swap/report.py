@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from normswap.norms.fidelity import Fidelity
 from normswap.swap.journal import records, skips
-from normswap.table import render
+from normswap.table import Listing
 
 __all__ = ["Report", "Row", "report"]
 
@@ -34,49 +32,32 @@ class Row:
     reason: str
 
 
-class Report(Sequence[Row]):
+class Report(Listing[Row]):
     """What conversions did to a model; prints as a table."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = tuple(rows)
+    title = "Report"
+    columns = ("path", "from", "to", "fidelity", "note")
 
-    def __getitem__(self, index: Any) -> Any:
-        """One row, or a tuple of them for a slice."""
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
-
-    def __repr__(self) -> str:
-        return f"<Report: {self._summary()}>"
-
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """How many were converted and how many skipped."""
         skipped = sum(row.fidelity is None for row in self)
         return f"{len(self) - skipped} converted, {skipped} skipped"
 
-    def __str__(self) -> str:
-        return render(
-            "Report",
-            ("path", "from", "to", "fidelity", "note"),
-            (
-                (
-                    row.path or "(the model itself)",
-                    row.source,
-                    row.to,
-                    row.fidelity or "skipped",
-                    row.reason,
-                )
-                for row in self
-            ),
-            footer=self._summary(),
-        )
+    def cells(self, item: Row) -> tuple[object, ...]:
+        """One line of the report as a row."""
+        path = item.path or "(the model itself)"
+        return (path, item.source, item.to, item.fidelity or "skipped", item.reason)
 
 
 def report(model: nn.Module) -> Report:
-    """Tell what conversions did to a model; see `normswap.report`."""
+    """Tell what conversions did to a model, and what they had to leave.
+
+    Args:
+        model: a converted model, or a copy of one.
+
+    Returns:
+        Rows of path, source, target, fidelity and reason; ``print()`` shows a table.
+    """
     done = [
         Row(path, type(r.original).__name__, str(r.spec), r.fidelity, r.note)
         for path, (_, r) in records(model).items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Union
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from normswap.norms.registry import kinds, spec
 __all__ = ["Selector", "matches", "require_match", "select"]
 
 #: A glob on the path, ``"re:..."``, ``"kind:..."``, a module type, a predicate, or a list of these.
-Selector = Union[str, type[nn.Module], Callable[[NormSite], bool], Sequence[Any]]
+Selector = str | type[nn.Module] | Callable[[NormSite], bool] | Sequence[Any]
 
 
 def matches(selector: Selector, site: NormSite) -> bool:
@@ -67,7 +67,8 @@ def require_match(selector: Selector, sites: Sequence[NormSite], what: str) -> N
             require_match(part, sites, what)
     elif not any(matches(selector, site) for site in sites):
         raise NothingMatched(
-            f"{what}={_shown(selector)} matches none of the {len(sites)} normalizations."
+            f"{what}={_shown(selector)} matches none of the {len({s.path for s in sites})} "
+            "normalizations."
             + _near(selector, sites)
             + " print(normswap.find(model)) shows them all."
         )
@@ -79,7 +80,7 @@ def _near(selector: Selector, sites: Sequence[NormSite]) -> str:
         return f" There are {', '.join(present)}." if present else ""
     if selector.startswith("kind:"):
         return f" There are {', '.join(sorted({site.kind for site in sites})) or 'none at all'}."
-    return did_you_mean(selector, [name for site in sites for name in site.names])
+    return did_you_mean(selector, {name for site in sites for name in site.names})
 
 
 def _kind(selector: str) -> str:
