@@ -63,8 +63,8 @@ class Norm(nn.Module):
         if values == 1:
             raise DegeneratePooling(
                 f"{self.path or 'this layer'} ({type(self).__name__}): each statistic would be "
-                "pooled over a single value, so every output would be the bias; use fewer groups "
-                "or leave this layer out by skip="
+                "pooled over a single value, so every output would be the bias; use a larger "
+                "batch or map, or fewer groups, or leave this layer out by skip="
             )
 
 

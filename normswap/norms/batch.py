@@ -56,6 +56,8 @@ class SynchronizedBatchNorm(Norm):
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (N, C, ...) by its batch in training, by running statistics in eval."""
         if not (self.sync and self.training and ranks(self.process_group) > 1):
+            if self.training or self.running_mean is None:
+                self.refuse_single_value(x.numel() // max(x.shape[1], 1))
             return super().normalize(x)
         self._check_input_dim(x)
         tracked = self.track_running_stats
@@ -146,7 +148,9 @@ def start_batch_norm(
     if track_running_stats is None:
         track_running_stats = state.tracks or state.kind != "batch_norm"
     rule = batch_rule(tracks=track_running_stats)
-    plain = not sync and state.channel_dim == 1 and not state.tail
+    # Ours says where it stands when a norm that did not pool over the batch before cannot.
+    pooled_before = state.kind in ("batch_norm", "")
+    plain = pooled_before and not sync and state.channel_dim == 1 and not state.tail
 
     def shell() -> nn.Module:
         module = (_TORCH if plain else _OURS)[dim](

@@ -50,11 +50,16 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
 
 @cache
 def _settings(lineage: tuple[type, ...]) -> frozenset[str]:
-    """What a class keeps of its constructor's arguments: the old norm's business alone."""
+    """What torch's norms and ours keep of their constructors' arguments: their business alone.
+
+    What a user's own subclass keeps is the user's, and moves on.
+    """
     found: set[str] = set()
     for ancestor in lineage:
         if ancestor is nn.Module:
             break
+        if not ancestor.__module__.startswith(("torch.", "normswap.")):
+            continue
         found.update(getattr(ancestor, "__constants__", ()))
         found.update(name for name in vars(ancestor) if not name.startswith("__"))
         if "__init__" in vars(ancestor):

@@ -162,8 +162,7 @@ def _step(site: NormSite, target: NormSpec, carry: Carry, place: Tensor, model: 
         return Step(site, "already", target)
     try:
         state = _informed(site, target, place, model)
-        start = target.start(state, carry=carry)
-        _refuse_degenerate(site, state, start)
+        start = _checked(site, state, target.start(state, carry=carry))
     except CannotConvert as error:
         return Step(site, "skip", target, reason=str(error))
     except OptionError as error:
@@ -187,14 +186,20 @@ def _dimension(site: NormSite, model: nn.Module) -> int | None:
     return len(producer.kernel_size) if isinstance(producer, _ConvNd) else None
 
 
-def _refuse_degenerate(site: NormSite, state: NormState, start: Start) -> None:
-    if start.pool is None or start.pool == state.rule.train:
-        return
+def _checked(site: NormSite, state: NormState, start: Start) -> Start:
+    """Refuse a start that would pool over single values, or note that this is not known."""
+    pool = start.pool
+    if pool is None or pool == state.rule.train:
+        return start
     for shape in site.input_shapes or ():
         sizes = list(shape)
         sizes.insert(1, sizes.pop(state.channel_dim))
-        if start.pool.values(sizes[0], state.num_features, math.prod(sizes[2:])) <= 1:
+        if pool.values(sizes[0], state.num_features, math.prod(sizes[2:])) <= 1:
             raise CannotConvert(
                 f"on its input {shape} each statistic would be pooled over a single value",
                 "use fewer groups, larger inputs, or leave it out by skip=",
             )
+    if site.input_shapes is not None or pool.values(1, state.num_features, 1) > 1:
+        return start
+    unchecked = "pool size unchecked without example_inputs"
+    return replace(start, note=f"{start.note}; {unchecked}" if start.note else unchecked)

@@ -1,0 +1,31 @@
+"""The README says what is so: its tour runs, and its table of norms is the registry's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import normswap
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tour_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    (tour,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(tour, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "layer1.0.bn1" in printed
+    assert "frozen_bn" in printed
+    assert not normswap.report(names["model"])
+
+
+def test_the_table_of_norms_is_the_registry() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    table = [row for row in rows if row[0] in {norm.name for norm in normswap.list_norms()}]
+    assert table == [
+        (norm.name, norm.pooled, ", ".join(sorted(norm.sources))) for norm in normswap.list_norms()
+    ]
