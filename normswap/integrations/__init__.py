@@ -6,6 +6,8 @@ import sys
 
 __all__ = ["install_loaded"]
 
+_FROZEN = ("torchvision.ops.misc", "detectron2.layers.batch_norm")
+
 
 def install_loaded() -> None:
     """Learn from every supported library that the process has imported by now."""
@@ -13,3 +15,8 @@ def install_loaded() -> None:
         from normswap.integrations.timm import install
 
         install()
+    for name in _FROZEN:
+        if name in sys.modules:
+            from normswap.integrations import frozen
+
+            frozen.install(sys.modules[name])

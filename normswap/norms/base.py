@@ -9,21 +9,27 @@ from torch import Tensor, nn
 from normswap.errors import DegeneratePooling
 from normswap.norms.state import NormState
 
-__all__ = ["Norm", "channels_first", "channels_restored", "place"]
+__all__ = ["Norm", "place", "rearranged", "restored"]
 
 
-def channels_first(x: Tensor, channel_dim: int) -> Tensor:
-    """View an input with its channels elsewhere as (N, C, L), or (N, C) where it has no more.
+def rearranged(x: Tensor, channel_dim: int, native_dim: int) -> Tensor:
+    """View an input with its channels at ``channel_dim`` so that a norm finds them.
 
-    No copy is made of a contiguous channels-last input.
+    No copy is made of a contiguous input.
+
+    Args:
+        x: the input.
+        channel_dim: where its channels are, 1 or -1.
+        native_dim: where the norm wants them. 1 gives (N, C, L), or (N, C) where there is no
+            more: what follows the channels is one dimension. -1 gives (N, ..., C).
     """
-    moved = x.movedim(channel_dim, 1)
-    return moved if moved.ndim < 3 else moved.flatten(2)
+    moved = x.movedim(channel_dim, native_dim)
+    return moved.flatten(2) if native_dim == 1 and moved.ndim > 2 else moved
 
 
-def channels_restored(y: Tensor, like: Tensor, channel_dim: int) -> Tensor:
-    """Undo `channels_first` for an output of the same size, as a view."""
-    return y.reshape(like.movedim(channel_dim, 1).shape).movedim(1, channel_dim)
+def restored(y: Tensor, x: Tensor, channel_dim: int, native_dim: int) -> Tensor:
+    """Undo `rearranged` for a norm's output, given the input."""
+    return y.reshape(x.movedim(channel_dim, native_dim).shape).movedim(native_dim, channel_dim)
 
 
 class Norm(nn.Module):
@@ -31,6 +37,7 @@ class Norm(nn.Module):
 
     Attributes:
         channel_dim: the input's channel dimension, 1 or -1.
+        native_dim: where the torch norm expects the channels, 1 or -1.
         tail: names of the children that run after the norm, in order: a fused dropout or
             activation that the layer it replaces had.
         path: where the layer stands in the model that it was put into, for error messages.
@@ -39,17 +46,18 @@ class Norm(nn.Module):
     """
 
     channel_dim: int = 1
+    native_dim: int = 1
     tail: tuple[str, ...] = ()
     path: str = ""
     own: tuple[str, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, of any shape with ``num_features`` channels at ``channel_dim``."""
-        if self.channel_dim == 1:
+        here, native = self.channel_dim, self.native_dim
+        if here == native:
             y = self.normalize(x)
         else:
-            y = self.normalize(channels_first(x, self.channel_dim))
-            y = channels_restored(y, x, self.channel_dim)
+            y = restored(self.normalize(rearranged(x, here, native)), x, here, native)
         for name in self.tail:
             y = getattr(self, name)(y)
         return y
@@ -70,7 +78,7 @@ class Norm(nn.Module):
 
 def place(module: Norm, state: NormState) -> Norm:
     """Give a new norm the layout and the tail of the layer that it replaces."""
-    if state.channel_dim != 1:
+    if state.channel_dim != module.channel_dim:
         module.channel_dim = state.channel_dim
     if state.tail:
         module.tail = state.tail

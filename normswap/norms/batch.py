@@ -21,7 +21,7 @@ from normswap.norms.sync import ranks, synchronized_batch_norm
 
 __all__ = [
     "BATCH_SOURCES",
-    "ENTRY",
+    "ENTRIES",
     "MOMENTUM",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -182,23 +182,25 @@ def _thaw_note(state: NormState) -> str:
     return "trains again: it was frozen" if state.norm == "frozen_bn" else ""
 
 
-ENTRY = NormEntry(
-    name="bn",
-    aliases=("batch_norm", "batchnorm"),
-    kind="batch_norm",
-    axis="none",
-    pooled="N × H·W, per channel",
-    paper="Ioffe and Szegedy 2015, arXiv 1502.03167",
-    sources=BATCH_SOURCES,
-    start=start_batch_norm,
-    reads=dict.fromkeys((*_TORCH.values(), *_OURS.values(), _BatchNorm), read_batch_norm),
-    options=(
-        Option("sync", False, "pool over all ranks; DDP takes it on CPU too"),
-        Option("process_group", None, "the ranks that share statistics; None: all"),
-        EPS,
-        MOMENTUM,
-        AFFINE,
-        Option("track_running_stats", None, "keep running statistics; None: as the source"),
+ENTRIES = (
+    NormEntry(
+        name="bn",
+        aliases=("batch_norm", "batchnorm"),
+        kind="batch_norm",
+        axis="none",
+        pooled="N × H·W, per channel",
+        paper="Ioffe and Szegedy 2015, arXiv 1502.03167",
+        sources=BATCH_SOURCES,
+        start=start_batch_norm,
+        reads=dict.fromkeys((*_TORCH.values(), *_OURS.values(), _BatchNorm), read_batch_norm),
+        options=(
+            Option("sync", False, "pool over all ranks; DDP takes it on CPU too"),
+            Option("process_group", None, "the ranks that share statistics; None: all"),
+            EPS,
+            MOMENTUM,
+            AFFINE,
+            Option("track_running_stats", None, "keep running statistics; None: as the source"),
+        ),
+        needs=frozenset({"dim"}),
     ),
-    needs=frozenset({"dim"}),
 )

@@ -6,6 +6,8 @@ The practice of detection code bases: y = weight · (x - running_mean) / sqrt(ru
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
 
-__all__ = ["ENTRY", "FrozenBatchNorm"]
+__all__ = ["ENTRIES", "FrozenBatchNorm"]
 
 
 class FrozenBatchNorm(Norm):
@@ -74,20 +76,24 @@ class FrozenBatchNorm(Norm):
 
 
 def read_frozen_batch_norm(module: nn.Module) -> NormState:
-    """Read a FrozenBatchNorm."""
-    if not isinstance(module, FrozenBatchNorm):
-        raise TypeError(f"expected a FrozenBatchNorm, got {type(module).__name__}")
+    """Read our FrozenBatchNorm, or any other that holds the same four tensors and eps.
+
+    Those of torchvision, detectron2 and timm are for maps of two dimensions, hold buffers only
+    and remember neither momentum nor what was trainable.
+    """
+    held: Any = module
+    given = tensors(module)
     return NormState(
         norm="frozen_bn",
         kind="batch_norm",
-        num_features=module.num_features,
+        num_features=len(held.running_mean),
         rule=Rule.always(RUNNING),
-        eps=module.eps,
-        momentum=module.momentum,
-        dim=module.dim,
-        trainable=dict(module.trainable),
-        settings={"eps": module.eps},
-        **tensors(module),
+        eps=held.eps,
+        momentum=getattr(module, "momentum", 0.1),
+        dim=getattr(module, "dim", 2),
+        trainable=dict(getattr(module, "trainable", {})),
+        settings={"eps": held.eps},
+        **given,
         **layout(module),
     )
 
@@ -121,15 +127,17 @@ def start_frozen_batch_norm(
     )
 
 
-ENTRY = NormEntry(
-    name="frozen_bn",
-    aliases=("frozen_batch_norm", "frozenbn"),
-    kind="batch_norm",
-    axis="statistics",
-    pooled="nothing: the running statistics",
-    paper="practice of detection code bases",
-    sources=BATCH_SOURCES,
-    start=start_frozen_batch_norm,
-    reads={FrozenBatchNorm: read_frozen_batch_norm},
-    options=(EPS,),
+ENTRIES = (
+    NormEntry(
+        name="frozen_bn",
+        aliases=("frozen_batch_norm", "frozenbn"),
+        kind="batch_norm",
+        axis="statistics",
+        pooled="nothing: the running statistics",
+        paper="practice of detection code bases",
+        sources=BATCH_SOURCES,
+        start=start_frozen_batch_norm,
+        reads={FrozenBatchNorm: read_frozen_batch_norm},
+        options=(EPS,),
+    ),
 )

@@ -44,24 +44,28 @@ def furnish(state: NormState, start: Start) -> Furnished:
     rewrites: dict[str, Tensor] = {}
     for name in _AFFINE:
         own: Tensor | None = getattr(state, name)
+        value = values.pop(name, None)
         if start.affine and own is not None:
             carried.add(name)
-            if name in values:
-                rewrites[name] = values[name]
+            if value is not None:
+                rewrites[name] = value
         else:
-            own = values.get(name) if start.affine else None
+            own = value if start.affine else None
         module.register_parameter(name, _parameter(own, frozen=start.frozen))
-    for name, buffer in _running(state, start).items():
-        if buffer is not None and buffer is getattr(state, name):
+    for name in start.running:
+        own = None if start.fresh else getattr(state, name)
+        if own is not None:
             carried.add(name)
-        module.register_buffer(name, buffer)
-    for flag, value in (
+        module.register_buffer(name, _fresh(name, state) if own is None else own)
+    for name, value in values.items():
+        _fill(module, name, value)
+    for flag, setting in (
         ("affine", start.affine),
         ("elementwise_affine", start.affine),
-        ("track_running_stats", start.running),
+        ("track_running_stats", bool(start.running)),
     ):
         if hasattr(module, flag):
-            setattr(module, flag, value)
+            setattr(module, flag, setting)
     flags = {name: False if start.frozen else state.trainable.get(name) for name in carried}
     requires_grad = {
         name: flag for name, flag in flags.items() if flag is not None and name in _AFFINE
@@ -75,25 +79,18 @@ def _parameter(tensor: Tensor | None, *, frozen: bool) -> nn.Parameter | None:
     return nn.Parameter(tensor.detach(), requires_grad=not frozen)
 
 
-def _running(state: NormState, start: Start) -> dict[str, Tensor | None]:
-    """The running statistics of the new norm; empty for a norm that has no such notion."""
-    if not start.running:
-        return {}
-    if state.tracks and not start.fresh:
-        counter = state.num_batches_tracked
-        like = state.reference()
-        return {
-            "running_mean": state.running_mean,
-            "running_var": state.running_var,
-            "num_batches_tracked": _counter(like) if counter is None else counter,
-        }
+def _fresh(name: str, state: NormState) -> Tensor:
+    """A running statistic of a norm that has seen nothing."""
     like = state.reference()
-    return {
-        "running_mean": like.new_zeros(state.num_features),
-        "running_var": like.new_ones(state.num_features),
-        "num_batches_tracked": _counter(like),
-    }
+    if name == "num_batches_tracked":
+        return torch.zeros((), dtype=torch.long, device=like.device)
+    make = like.new_ones if name == "running_var" else like.new_zeros
+    return make(state.num_features)
 
 
-def _counter(like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.long, device=like.device)
+def _fill(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a tensor that the shell has of its own its value, device and dtype included."""
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(value)
+    else:
+        module._buffers[name] = value

@@ -17,7 +17,7 @@ from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
 
-__all__ = ["ENTRY", "MAP_SOURCES", "GroupNorm", "default_groups"]
+__all__ = ["ENTRIES", "MAP_SOURCES", "GroupNorm", "default_groups"]
 
 #: Families of feature maps: what norms of one sample's map convert when not told otherwise.
 MAP_SOURCES = frozenset({"batch_norm", "group_norm", "instance_norm"})
@@ -119,20 +119,22 @@ def read_group_norm(module: nn.Module) -> NormState:
     )
 
 
-ENTRY = NormEntry(
-    name="gn",
-    aliases=("group_norm", "groupnorm"),
-    kind="group_norm",
-    axis="statistics",
-    pooled="a group of channels × H·W, per sample",
-    paper="Wu and He 2018, arXiv 1803.08494",
-    sources=MAP_SOURCES,
-    start=start_group_norm,
-    reads={nn.GroupNorm: read_group_norm, GroupNorm: read_group_norm},
-    options=(
-        Option("num_groups", None, "None: the largest divisor ≤ 32 that leaves ≥ 16 channels"),
-        Option("channels_per_group", None, "instead of num_groups"),
-        EPS,
-        AFFINE,
+ENTRIES = (
+    NormEntry(
+        name="gn",
+        aliases=("group_norm", "groupnorm"),
+        kind="group_norm",
+        axis="statistics",
+        pooled="a group of channels × H·W, per sample",
+        paper="Wu and He 2018, arXiv 1803.08494",
+        sources=MAP_SOURCES,
+        start=start_group_norm,
+        reads={nn.GroupNorm: read_group_norm, GroupNorm: read_group_norm},
+        options=(
+            Option("num_groups", None, "None: the largest divisor ≤ 32 that leaves ≥ 16 channels"),
+            Option("channels_per_group", None, "instead of num_groups"),
+            EPS,
+            AFFINE,
+        ),
     ),
 )

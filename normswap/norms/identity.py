@@ -15,7 +15,7 @@ from normswap.norms.reading import layout
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState, fresh_state
 
-__all__ = ["ENTRY", "Identity"]
+__all__ = ["ENTRIES", "Identity"]
 
 
 class Identity(Norm, nn.Identity):
@@ -57,14 +57,16 @@ def start_identity(state: NormState, *, carry: Carry = "auto") -> Start:
     return begin(state, shell, Rule.always(NOTHING), carry=carry, affine=False)
 
 
-ENTRY = NormEntry(
-    name="identity",
-    aliases=("none", "no_norm"),
-    kind="identity",
-    axis="none",
-    pooled="nothing",
-    paper="",
-    sources=ANY_SOURCE,
-    start=start_identity,
-    reads={Identity: read_identity},
+ENTRIES = (
+    NormEntry(
+        name="identity",
+        aliases=("none", "no_norm"),
+        kind="identity",
+        axis="none",
+        pooled="nothing",
+        paper="",
+        sources=ANY_SOURCE,
+        start=start_identity,
+        reads={Identity: read_identity},
+    ),
 )

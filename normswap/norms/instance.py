@@ -21,7 +21,7 @@ from normswap.norms.reading import dimension, layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
 
-__all__ = ["ENTRY", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
+__all__ = ["ENTRIES", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
 
 
 class _MapNorm(Norm):
@@ -126,21 +126,23 @@ def read_instance_norm(module: nn.Module) -> NormState:
     )
 
 
-ENTRY = NormEntry(
-    name="in",
-    aliases=("instance_norm", "instancenorm"),
-    kind="instance_norm",
-    axis="statistics",
-    pooled="H·W, per sample and channel",
-    paper="Ulyanov et al. 2016, arXiv 1607.08022",
-    sources=MAP_SOURCES,
-    start=start_instance_norm,
-    reads=dict.fromkeys((*_TORCH.values(), *_OURS.values()), read_instance_norm),
-    options=(
-        EPS,
-        MOMENTUM,
-        AFFINE,
-        Option("track_running_stats", None, "evaluate with running statistics; None: as an in"),
+ENTRIES = (
+    NormEntry(
+        name="in",
+        aliases=("instance_norm", "instancenorm"),
+        kind="instance_norm",
+        axis="statistics",
+        pooled="H·W, per sample and channel",
+        paper="Ulyanov et al. 2016, arXiv 1607.08022",
+        sources=MAP_SOURCES,
+        start=start_instance_norm,
+        reads=dict.fromkeys((*_TORCH.values(), *_OURS.values()), read_instance_norm),
+        options=(
+            EPS,
+            MOMENTUM,
+            AFFINE,
+            Option("track_running_stats", None, "evaluate with running statistics; None: as an in"),
+        ),
+        needs=frozenset({"dim"}),
     ),
-    needs=frozenset({"dim"}),
 )

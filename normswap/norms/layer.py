@@ -1,37 +1,48 @@
-"""LayerNorm: torch's on token layouts, over one sample's (C, H, W) on feature maps.
+"""LayerNorm: over C at each position, or over one sample's (C, H, W).
 
-Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv 1607.06450.
+Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv 1607.06450. Over C at each position of a
+channels-first map: Liu et al., "A ConvNet for the 2020s", CVPR 2022, arXiv 2201.03545.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from torch import Tensor, nn
 
 from normswap.norms.base import Norm, place
 from normswap.norms.entry import AFFINE, EPS, NormEntry
-from normswap.norms.pool import POSITION, Pool, Rule, per_group
+from normswap.norms.group import MAP_SOURCES
+from normswap.norms.pool import POSITION, Rule, per_group
 from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
 
-__all__ = ["ENTRY", "LayerNorm", "LayerNormMap"]
+__all__ = [
+    "ANY_SOURCE",
+    "ENTRIES",
+    "LayerNorm",
+    "LayerNorm2d",
+    "LayerNormMap",
+    "over_several",
+    "read_layer_norm",
+]
 
-ANY_SOURCE = frozenset(
-    {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm", "identity"}
-)
+ANY_SOURCE = MAP_SOURCES | {"layer_norm", "rms_norm", "identity"}
 
 
 class LayerNorm(Norm, nn.LayerNorm):
-    """`torch.nn.LayerNorm` over the last dimension, with normswap's tail."""
+    """`torch.nn.LayerNorm` over C at each position, wherever the channels are."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x (..., C) per position; channels are where torch wants them already."""
-        y = nn.LayerNorm.forward(self, x)
-        for name in self.tail:
-            y = getattr(self, name)(y)
-        return y
+    channel_dim = -1
+    native_dim = -1
+
+
+class LayerNorm2d(LayerNorm):
+    """LayerNorm over C at each position of a channels-first map (N, C, ...)."""
+
+    channel_dim = 1
 
 
 class LayerNormMap(Norm, nn.GroupNorm):
@@ -67,8 +78,7 @@ def start_layer_norm(
     affine: bool | None = None,
 ) -> Start:
     """Start a LayerNorm: per position on tokens, per sample on channels-first maps."""
-    size = state.num_features
-    new_eps = state.eps if eps is None else eps
+    size, new_eps = state.num_features, state.eps if eps is None else eps
 
     def on_tokens() -> nn.Module:
         if not state.tail:
@@ -79,35 +89,58 @@ def start_layer_norm(
         return place(LayerNormMap(size, eps=new_eps, affine=False), state)
 
     tokens = state.channel_dim != 1
-    pool: Pool = POSITION if tokens else per_group(size)
+    rule = Rule.always(POSITION if tokens else per_group(size))
     shell = on_tokens if tokens else on_map
-    return begin(state, shell, Rule.always(pool), carry=carry, eps=eps, affine=affine)
+    return begin(state, shell, rule, carry=carry, eps=eps, affine=affine)
 
 
-def read_layer_norm(module: nn.Module) -> NormState:
-    """Read torch's LayerNorm, over its last dimension."""
+def start_layer_norm_2d(
+    state: NormState,
+    *,
+    carry: Carry = "auto",
+    eps: float | None = None,
+    affine: bool | None = None,
+) -> Start:
+    """Start a LayerNorm per position, on maps as on tokens."""
+
+    def shell() -> nn.Module:
+        new_eps = state.eps if eps is None else eps
+        return place(LayerNorm2d(state.num_features, eps=new_eps, elementwise_affine=False), state)
+
+    return begin(state, shell, Rule.always(POSITION), carry=carry, eps=eps, affine=affine)
+
+
+def over_several(shape: tuple[int, ...]) -> str:
+    """Why a norm over several dimensions cannot be carried to another family; empty for one."""
+    if len(shape) == 1:
+        return ""
+    return f"it normalizes over {shape} with an affine of that shape, which is not per channel"
+
+
+def read_layer_norm(module: nn.Module, *, norm: str = "ln", channel_dim: int = -1) -> NormState:
+    """Read a LayerNorm over its last dimension, or one over C at ``channel_dim``."""
     if not isinstance(module, nn.LayerNorm):
         raise TypeError(f"expected a LayerNorm, got {type(module).__name__}")
     shape = tuple(module.normalized_shape)
     per_channel = len(shape) == 1
     return NormState(
-        norm="ln",
+        norm=norm,
         kind="layer_norm",
         num_features=shape[-1] if per_channel else shape[0],
         rule=Rule.always(POSITION if per_channel else per_group(shape[0])),
         eps=module.eps,
-        obstacle="" if per_channel else f"it normalizes over {shape} with an affine of that shape",
+        obstacle=over_several(shape),
         settings={"eps": module.eps, "affine": module.elementwise_affine},
         **tensors(module),
-        channel_dim=-1 if per_channel else 1,
+        channel_dim=getattr(module, "channel_dim", channel_dim) if per_channel else 1,
         tail=getattr(module, "tail", ()),
     )
 
 
 def read_layer_norm_map(module: nn.Module) -> NormState:
-    """Read a LayerNormMap."""
-    if not isinstance(module, LayerNormMap):
-        raise TypeError(f"expected a LayerNormMap, got {type(module).__name__}")
+    """Read a layer norm that is a GroupNorm of one group."""
+    if not isinstance(module, nn.GroupNorm):
+        raise TypeError(f"expected a GroupNorm, got {type(module).__name__}")
     return NormState(
         norm="ln",
         kind="layer_norm",
@@ -120,19 +153,33 @@ def read_layer_norm_map(module: nn.Module) -> NormState:
     )
 
 
-ENTRY = NormEntry(
-    name="ln",
-    aliases=("layer_norm", "layernorm"),
-    kind="layer_norm",
-    axis="statistics",
-    pooled="C at a position (tokens); C × H·W, per sample (maps)",
-    paper="Ba et al. 2016, arXiv 1607.06450",
-    sources=ANY_SOURCE,
-    start=start_layer_norm,
-    reads={
-        nn.LayerNorm: read_layer_norm,
-        LayerNorm: read_layer_norm,
-        LayerNormMap: read_layer_norm_map,
-    },
-    options=(EPS, AFFINE),
+ENTRIES = (
+    NormEntry(
+        name="ln",
+        aliases=("layer_norm", "layernorm"),
+        kind="layer_norm",
+        axis="statistics",
+        pooled="C at a position (tokens); C × H·W, per sample (maps)",
+        paper="Ba et al. 2016, arXiv 1607.06450",
+        sources=ANY_SOURCE,
+        start=start_layer_norm,
+        reads={
+            nn.LayerNorm: read_layer_norm,
+            LayerNorm: read_layer_norm,
+            LayerNormMap: read_layer_norm_map,
+        },
+        options=(EPS, AFFINE),
+    ),
+    NormEntry(
+        name="ln2d",
+        aliases=("layer_norm_2d", "layernorm2d", "layer_norm2d"),
+        kind="layer_norm",
+        axis="statistics",
+        pooled="C at a position of a map",
+        paper="Liu et al. 2022, arXiv 2201.03545",
+        sources=MAP_SOURCES | {"layer_norm"},
+        start=start_layer_norm_2d,
+        reads={LayerNorm2d: partial(read_layer_norm, norm="ln2d")},
+        options=(EPS, AFFINE),
+    ),
 )

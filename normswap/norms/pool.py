@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 __all__ = ["BATCH", "NOTHING", "POSITION", "RUNNING", "Pool", "Rule", "per_group"]
@@ -24,10 +25,12 @@ class Pool:
             ``"running"``: nothing is pooled, the running statistics are used. ``"nothing"``:
             the input is not standardized at all.
         channels: channels in a group; 1 is instance normalization, C is layer normalization.
+        centred: whether the mean is subtracted; without it the statistic is the mean square.
     """
 
     over: Literal["batch", "group", "position", "running", "nothing"]
     channels: int = 1
+    centred: bool = True
 
     @property
     def measures(self) -> bool:
@@ -48,8 +51,14 @@ class Pool:
 
         Returns:
             Two tensors (C,): the pooled mean and the pooled (biased) variance that a sample
-            drawn from channels of these statistics is expected to show.
+            drawn from channels of these statistics is expected to show; zero and the mean square
+            where the pool is not centred.
         """
+        if not self.centred:
+            square = var + mean.square()
+            size = self.channels if self.over == "group" else len(square)
+            pooled = square.view(-1, size).mean(1).repeat_interleave(size)
+            return torch.zeros_like(mean), pooled
         if self.over == "group" and self.channels > 1:
             means, variances = mean.view(-1, self.channels), var.view(-1, self.channels)
             pooled_mean = means.mean(1)
@@ -72,9 +81,9 @@ RUNNING = Pool("running")
 NOTHING = Pool("nothing")
 
 
-def per_group(channels: int) -> Pool:
+def per_group(channels: int, *, centred: bool = True) -> Pool:
     """The pool of one sample's ``channels`` consecutive channels and all their positions."""
-    return Pool("group", channels)
+    return Pool("group", channels, centred)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
-from normswap.norms import batch, frozen, group, identity, instance, layer, sync_batch
+from normswap.norms import batch, frozen, group, identity, instance, layer, rms, sync_batch
 from normswap.norms.entry import NormEntry, Reader
 from normswap.norms.furnish import furnish
 from normswap.norms.start import Carry, Start
@@ -19,8 +19,9 @@ from normswap.table import Listing
 __all__ = ["NormList", "NormSpec", "add_readers", "build", "kinds", "list_norms", "reader", "spec"]
 
 _ENTRIES: dict[str, NormEntry] = {
-    module.ENTRY.name: module.ENTRY
-    for module in (batch, sync_batch, frozen, group, instance, layer, identity)
+    entry.name: entry
+    for module in (batch, sync_batch, frozen, group, instance, layer, rms, identity)
+    for entry in module.ENTRIES
 }
 _READERS: dict[type[nn.Module], Reader] = {
     cls: read for entry in _ENTRIES.values() for cls, read in entry.reads.items()

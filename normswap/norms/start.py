@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from normswap.errors import CannotConvert
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.pool import Pool, Rule
-from normswap.norms.state import NormState
+from normswap.norms.pool import BATCH, Pool, Rule, per_group
+from normswap.norms.state import RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
 
@@ -28,10 +28,10 @@ class Start:
         fidelity: how faithful the new norm starts.
         shell: makes the module, with its class and settings but without the tensors below.
         affine: whether the shell takes ``weight`` and ``bias``.
-        running: whether it takes running statistics.
+        running: names of the running statistics that it takes.
         frozen: whether the affine is to be held fixed.
-        values: new values for ``weight`` and ``bias``, by name, computed when asked for; a name
-            left out keeps the source's values.
+        values: new values, by name, computed when asked for: for ``weight`` and ``bias``, which
+            keep the source's values if left out, and for tensors that the shell has of its own.
         note: what the user should know, for the plan and the report.
         fresh: whether the running statistics begin anew although the source has some.
         pool: what is pooled when the norm measures its input.
@@ -40,7 +40,7 @@ class Start:
     fidelity: Fidelity
     shell: Callable[[], nn.Module]
     affine: bool
-    running: bool
+    running: tuple[str, ...]
     values: Callable[[], Mapping[str, Tensor]]
     frozen: bool = False
     note: str = ""
@@ -102,7 +102,7 @@ def begin(
         fidelity=fidelity,
         shell=shell,
         affine=wants_affine,
-        running=running,
+        running=RUNNING_STATISTICS if running else (),
         values=values,
         frozen=frozen,
         note=note,
@@ -131,7 +131,7 @@ def _fidelity(
 
 def _is_identity(pool: Pool, state: NormState, eps: float) -> bool:
     """Whether matching would change nothing: the channel's own statistics, the same eps."""
-    return eps == state.eps and (pool.over == "batch" or pool == Pool("group", 1))
+    return eps == state.eps and (pool == BATCH or pool == per_group(1))
 
 
 def _unit(state: NormState) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState, batch_rule
 from normswap.norms.sync import ranks
 
-__all__ = ["ENTRY", "SyncBatchNorm"]
+__all__ = ["ENTRIES", "SyncBatchNorm"]
 
 
 class SyncBatchNorm(SynchronizedBatchNorm, nn.SyncBatchNorm):
@@ -92,20 +92,22 @@ def read_sync_batch_norm(module: nn.Module) -> NormState:
     return replace(state, dim=getattr(module, "dim", None))
 
 
-ENTRY = NormEntry(
-    name="sync_bn",
-    aliases=("sync_batch_norm", "syncbn", "sync_batchnorm"),
-    kind="batch_norm",
-    axis="statistics",
-    pooled="N × H·W of all ranks, per channel",
-    paper="Peng et al. 2018, arXiv 1711.07240",
-    sources=BATCH_SOURCES,
-    start=start_sync_batch_norm,
-    reads={nn.SyncBatchNorm: read_sync_batch_norm, SyncBatchNorm: read_sync_batch_norm},
-    options=(
-        Option("process_group", None, "the ranks that share statistics; None: all"),
-        EPS,
-        MOMENTUM,
-        AFFINE,
+ENTRIES = (
+    NormEntry(
+        name="sync_bn",
+        aliases=("sync_batch_norm", "syncbn", "sync_batchnorm"),
+        kind="batch_norm",
+        axis="statistics",
+        pooled="N × H·W of all ranks, per channel",
+        paper="Peng et al. 2018, arXiv 1711.07240",
+        sources=BATCH_SOURCES,
+        start=start_sync_batch_norm,
+        reads={nn.SyncBatchNorm: read_sync_batch_norm, SyncBatchNorm: read_sync_batch_norm},
+        options=(
+            Option("process_group", None, "the ranks that share statistics; None: all"),
+            EPS,
+            MOMENTUM,
+            AFFINE,
+        ),
     ),
 )

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from normswap.errors import NothingToConvert, OptionError, TooUnfaithful
+from normswap.graph.site import NormSite
 from normswap.norms.fidelity import Fidelity
 from normswap.swap.plan import Plan
 from normswap.swap.step import Step
 
-__all__ = ["refuse_empty", "refuse_unfaithful"]
+__all__ = ["refuse_empty", "refuse_idle", "refuse_unfaithful"]
 
 
-def refuse_empty(plan: Plan, to: object) -> None:
+def refuse_empty(sites: Sequence[NormSite], to: object) -> None:
+    """Raise `NothingToConvert` if the model has no normalization at all."""
+    if not sites:
+        raise NothingToConvert(
+            f"nothing to convert to {to!s}: the model has no normalization that normswap knows"
+        )
+
+
+def refuse_idle(plan: Plan, to: object) -> None:
     """Raise `NothingToConvert` if no site is left to convert, saying what the model has."""
     if plan.of("convert", "already"):
         return
@@ -22,8 +32,6 @@ def refuse_empty(plan: Plan, to: object) -> None:
             f"not one of the chosen normalizations can become {to!s}:\n" + _listed(skipped)
         )
     counts = Counter(step.site.kind for step in plan)
-    if not counts:
-        raise NothingToConvert("the model has no normalization that normswap knows")
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     first = next(iter(counts))
     raise NothingToConvert(

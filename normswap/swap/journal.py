@@ -186,11 +186,18 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 
 
 def _hand_over(to: nn.Module, current: nn.Module, names: frozenset[str]) -> None:
-    """Let ``to`` hold the very tensors that ``current`` holds now under these names."""
-    for name in names:
-        for held in ("_parameters", "_buffers"):
-            if name in getattr(current, held) and name in getattr(to, held):
-                getattr(to, held)[name] = getattr(current, held)[name]
+    """Let ``to`` hold the very tensors that ``current`` holds now under these names.
+
+    A buffer that became a parameter, as of a norm frozen by its class, becomes a buffer again.
+    """
+    for name in names & current._parameters.keys():
+        parameter = current._parameters[name]
+        if name in to._parameters:
+            to._parameters[name] = parameter
+        elif name in to._buffers and parameter is not None:
+            to._buffers[name] = parameter.detach()
+    for name in names & current._buffers.keys() & to._buffers.keys():
+        to._buffers[name] = current._buffers[name]
 
 
 def _follow(

@@ -17,7 +17,7 @@ from normswap.norms.fidelity import Fidelity
 from normswap.norms.registry import NormSpec, spec
 from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
-from normswap.swap.demands import refuse_empty, refuse_unfaithful
+from normswap.swap.demands import refuse_empty, refuse_idle, refuse_unfaithful
 from normswap.swap.guards import refuse_unready, refuse_unsupported
 from normswap.swap.journal import model_place, record_of
 from normswap.swap.plan import Plan
@@ -76,6 +76,7 @@ def plan(
         raise OptionError(f'carry={carry!r} is none of "auto", "copy", "fresh"')
     wanted = _targets(to, options)
     sites = list(find(model, example_inputs))
+    refuse_empty(sites, to)
     before = [_as_it_was(site) for site in sites]
     for selector, name in ((where, "where"), (skip, "skip"), *((key, "to") for key, _ in wanted)):
         if selector is not None:
@@ -90,7 +91,7 @@ def plan(
             else _step(site, target, carry, place, model)
         )
     made = Plan(model, steps)
-    refuse_empty(made, to)
+    refuse_idle(made, to)
     if strict or min_fidelity is not None:
         refuse_unfaithful(made, min_fidelity)
     return made

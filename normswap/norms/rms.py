@@ -1,0 +1,204 @@
+"""RMSNorm: divides by the root mean square, over C at each position or one sample's (C, H, W).
+
+Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, arXiv 1910.07467. The
+form is torch's: x / sqrt(mean(x²) + eps), with eps inside the root.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from normswap.norms.base import Norm, place
+from normswap.norms.entry import AFFINE, EPS, NormEntry
+from normswap.norms.group import MAP_SOURCES
+from normswap.norms.layer import over_several
+from normswap.norms.pool import Pool, Rule, per_group
+from normswap.norms.reading import layout, tensors
+from normswap.norms.start import Carry, Start, begin
+from normswap.norms.state import NormState
+
+__all__ = ["ENTRIES", "RMSNorm", "RMSNorm2d", "RMSNormMap", "read_rms_norm"]
+
+_POSITION = Pool("position", centred=False)
+
+
+class RMSNorm(Norm, nn.RMSNorm):
+    """`torch.nn.RMSNorm` over C at each position, wherever the channels are, with an offset.
+
+    A start from a norm that subtracts the mean needs the offset; without one it is torch's.
+    """
+
+    channel_dim = -1
+    native_dim = -1
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, num_features: int, eps: float | None = None, elementwise_affine: bool = True
+    ) -> None:
+        super().__init__(num_features, eps=eps, elementwise_affine=elementwise_affine)
+        self.register_parameter("bias", None)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize x (..., C) per position."""
+        y = super().normalize(x)
+        return y if self.bias is None else y + self.bias
+
+
+class RMSNorm2d(RMSNorm):
+    """RMSNorm over C at each position of a channels-first map (N, C, ...)."""
+
+    channel_dim = 1
+
+
+class RMSNormMap(Norm):
+    """RMS normalization of a feature map: over one sample's (C, H, W), affine per channel.
+
+    Args:
+        num_features: C.
+        eps: added to the mean square. Default 1e-6.
+
+    Raises:
+        DegeneratePooling: at a forward where a sample holds a single value.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, num_features: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize x (N, C, ...) per sample, in single precision at least."""
+        self.refuse_single_value(math.prod(x.shape[1:]))
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        square = values.square().flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1))
+        y = (values * (square + self.eps).rsqrt()).to(x.dtype)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        if self.weight is not None:
+            y = y * self.weight.view(shape)
+        return y if self.bias is None else y + self.bias.view(shape)
+
+    def extra_repr(self) -> str:
+        """Say size and eps."""
+        return f"{self.num_features}, eps={self.eps}"
+
+
+def start_rms_norm(
+    state: NormState,
+    *,
+    carry: Carry = "auto",
+    eps: float | None = None,
+    affine: bool | None = None,
+) -> Start:
+    """Start an RMSNorm: per position on tokens, per sample on channels-first maps."""
+    size, new_eps = state.num_features, state.eps if eps is None else eps
+    tokens = state.channel_dim != 1
+    # torch's own has no offset: it will do where the source has none to carry or to make.
+    plain = tokens and not state.tail and state.bias is None and not state.tracks
+
+    def shell() -> nn.Module:
+        if plain:
+            return nn.RMSNorm(size, eps=new_eps, elementwise_affine=False)
+        if tokens:
+            return place(RMSNorm(size, eps=new_eps, elementwise_affine=False), state)
+        return place(RMSNormMap(size, eps=new_eps), state)
+
+    rule = Rule.always(_POSITION if tokens else per_group(size, centred=False))
+    return begin(state, shell, rule, carry=carry, eps=eps, affine=affine)
+
+
+def start_rms_norm_2d(
+    state: NormState,
+    *,
+    carry: Carry = "auto",
+    eps: float | None = None,
+    affine: bool | None = None,
+) -> Start:
+    """Start an RMSNorm per position, on maps as on tokens."""
+
+    def shell() -> nn.Module:
+        new_eps = state.eps if eps is None else eps
+        return place(RMSNorm2d(state.num_features, eps=new_eps, elementwise_affine=False), state)
+
+    return begin(state, shell, Rule.always(_POSITION), carry=carry, eps=eps, affine=affine)
+
+
+def read_rms_norm(module: nn.Module, *, norm: str = "rms", channel_dim: int = -1) -> NormState:
+    """Read an RMSNorm over its last dimension, or one over C at ``channel_dim``."""
+    shape = tuple(module.normalized_shape)  # type: ignore[arg-type]
+    given = tensors(module)
+    eps = _epsilon(module, given["weight"])
+    per_channel = len(shape) == 1
+    return NormState(
+        norm=norm,
+        kind="rms_norm",
+        num_features=shape[-1] if per_channel else shape[0],
+        rule=Rule.always(_POSITION if per_channel else per_group(shape[0], centred=False)),
+        eps=eps,
+        obstacle=over_several(shape),
+        settings={"eps": eps, "affine": given["weight"] is not None},
+        **given,
+        channel_dim=getattr(module, "channel_dim", channel_dim) if per_channel else 1,
+        tail=getattr(module, "tail", ()),
+    )
+
+
+def _epsilon(module: nn.Module, weight: Tensor | None) -> float:
+    """The eps that is added: torch's default is the precision of the input's type."""
+    if isinstance(module.eps, float):
+        return module.eps
+    return torch.finfo(torch.get_default_dtype() if weight is None else weight.dtype).eps
+
+
+def read_rms_norm_map(module: nn.Module) -> NormState:
+    """Read an RMSNormMap."""
+    if not isinstance(module, RMSNormMap):
+        raise TypeError(f"expected an RMSNormMap, got {type(module).__name__}")
+    return NormState(
+        norm="rms",
+        kind="rms_norm",
+        num_features=module.num_features,
+        rule=Rule.always(per_group(module.num_features, centred=False)),
+        eps=module.eps,
+        settings={"eps": module.eps, "affine": module.weight is not None},
+        **tensors(module),
+        **layout(module),
+    )
+
+
+ENTRIES = (
+    NormEntry(
+        name="rms",
+        aliases=("rms_norm", "rmsnorm"),
+        kind="rms_norm",
+        axis="standardization",
+        pooled="C at a position (tokens); C × H·W, per sample (maps)",
+        paper="Zhang and Sennrich 2019, arXiv 1910.07467",
+        sources=frozenset({"layer_norm", "rms_norm"}),
+        start=start_rms_norm,
+        reads={
+            nn.RMSNorm: read_rms_norm,
+            RMSNorm: read_rms_norm,
+            RMSNormMap: read_rms_norm_map,
+        },
+        options=(EPS, AFFINE),
+    ),
+    NormEntry(
+        name="rms2d",
+        aliases=("rms_norm_2d", "rmsnorm2d", "rms_norm2d"),
+        kind="rms_norm",
+        axis="standardization",
+        pooled="C at a position of a map",
+        paper="Zhang and Sennrich 2019, arXiv 1910.07467",
+        sources=MAP_SOURCES | {"layer_norm", "rms_norm"},
+        start=start_rms_norm_2d,
+        reads={RMSNorm2d: partial(read_rms_norm, norm="rms2d")},
+        options=(EPS, AFFINE),
+    ),
+)
