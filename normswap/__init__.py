@@ -22,29 +22,45 @@ if TYPE_CHECKING:
     from normswap.api import warmup as warmup
     from normswap.errors import NormSwapError as NormSwapError
     from normswap.errors import NormSwapWarning as NormSwapWarning
-    from normswap.norms.registry import NormSpec as NormSpec
-    from normswap.norms.registry import build as build
+    from normswap.norms.base import Norm as Norm
+    from normswap.norms.fidelity import Fidelity as Fidelity
+    from normswap.norms.pool import Pool as Pool
+    from normswap.norms.pool import Rule as Rule
     from normswap.norms.registry import list_norms as list_norms
-    from normswap.norms.registry import spec as spec
+    from normswap.norms.registry import register as register
+    from normswap.norms.spec import NormSpec as NormSpec
+    from normswap.norms.spec import build as build
+    from normswap.norms.spec import spec as spec
+    from normswap.norms.start import Start as Start
+    from normswap.norms.start import begin as begin
+    from normswap.norms.state import NormState as NormState
     from normswap.stats.report import WarmupReport as WarmupReport
     from normswap.swap.apply import revert as revert
     from normswap.swap.report import report as report
 
 _WHERE = {
-    "NormSpec": "norms.registry",
+    "Fidelity": "norms.fidelity",
+    "Norm": "norms.base",
+    "NormSpec": "norms.spec",
+    "NormState": "norms.state",
     "NormSwapError": "errors",
     "NormSwapWarning": "errors",
+    "Pool": "norms.pool",
+    "Rule": "norms.pool",
+    "Start": "norms.start",
     "WarmupReport": "stats.report",
-    "build": "norms.registry",
+    "begin": "norms.start",
+    "build": "norms.spec",
     "convert": "api",
     "converted": "api",
     "find": "api",
     "list_norms": "norms.registry",
     "plan": "api",
+    "register": "norms.registry",
     "preserve_stats": "api",
     "report": "swap.report",
     "revert": "swap.apply",
-    "spec": "norms.registry",
+    "spec": "norms.spec",
     "warmup": "api",
 }
 

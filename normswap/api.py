@@ -21,8 +21,8 @@ from normswap.stats import warmup as _warmup
 from normswap.swap import planning
 from normswap.swap.apply import apply_steps, undo
 from normswap.swap.plan import Plan
-from normswap.swap.planning import Target
 from normswap.swap.select import Selector
+from normswap.swap.targets import To
 
 __all__ = ["convert", "converted", "find", "plan", "preserve_stats", "warmup"]
 
@@ -49,7 +49,7 @@ preserve_stats = _informed(keeping.preserve_stats)
 
 def convert(
     model: nn.Module,
-    to: Target,
+    to: To,
     *,
     where: Selector | None = None,
     skip: Selector | None = None,
@@ -133,7 +133,7 @@ def _warn(planned: Plan, *, fresh_wanted: bool) -> None:
 
 
 @contextmanager
-def converted(model: nn.Module, to: Target, **arguments: Any) -> Iterator[nn.Module]:
+def converted(model: nn.Module, to: To, **arguments: Any) -> Iterator[nn.Module]:
     """Convert a model for the length of a ``with`` block.
 
     On leaving, also by an exception, its norms are those of before, earlier conversions included.

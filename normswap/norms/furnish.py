@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.start import Start
-from normswap.norms.state import NormState
+from normswap.norms.state import AFFINE_TENSORS, NormState
 
 __all__ = ["Furnished", "furnish"]
-
-_AFFINE = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,15 @@ def furnish(state: NormState, start: Start) -> Furnished:
     values = dict(start.values())
     carried: set[str] = set()
     rewrites: dict[str, Tensor] = {}
-    for name in _AFFINE:
-        own: Tensor | None = getattr(state, name)
+    for name in AFFINE_TENSORS:
+        own: Tensor | None = getattr(state, name) if name in start.affine else None
         value = values.pop(name, None)
-        if start.affine and own is not None:
+        if own is not None:
             carried.add(name)
             if value is not None:
                 rewrites[name] = value
-        else:
-            own = value if start.affine else None
+        elif name in start.affine:
+            own = _fresh(name, state) if value is None else value
         module.register_parameter(name, _parameter(own, frozen=start.frozen))
     for name in start.running:
         own = None if start.fresh else getattr(state, name)
@@ -60,15 +58,15 @@ def furnish(state: NormState, start: Start) -> Furnished:
     for name, value in values.items():
         _fill(module, name, value)
     for flag, setting in (
-        ("affine", start.affine),
-        ("elementwise_affine", start.affine),
+        ("affine", bool(start.affine)),
+        ("elementwise_affine", bool(start.affine)),
         ("track_running_stats", bool(start.running)),
     ):
         if hasattr(module, flag):
             setattr(module, flag, setting)
     flags = {name: False if start.frozen else state.trainable.get(name) for name in carried}
     requires_grad = {
-        name: flag for name, flag in flags.items() if flag is not None and name in _AFFINE
+        name: flag for name, flag in flags.items() if flag is not None and name in AFFINE_TENSORS
     }
     return Furnished(module, frozenset(carried), rewrites, requires_grad)
 
@@ -80,11 +78,11 @@ def _parameter(tensor: Tensor | None, *, frozen: bool) -> nn.Parameter | None:
 
 
 def _fresh(name: str, state: NormState) -> Tensor:
-    """A running statistic of a norm that has seen nothing."""
+    """A tensor of a norm that has seen nothing: unit gain and variance, zero for the rest."""
     like = state.reference()
     if name == "num_batches_tracked":
         return torch.zeros((), dtype=torch.long, device=like.device)
-    make = like.new_ones if name == "running_var" else like.new_zeros
+    make = like.new_ones if name in ("weight", "running_var") else like.new_zeros
     return make(state.num_features)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from torch import nn
 
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
 from normswap.norms import batch, frozen, group, identity, instance, layer, rms, sync_batch
-from normswap.norms.entry import NormEntry, Reader
-from normswap.norms.furnish import furnish
-from normswap.norms.start import Carry, Start
-from normswap.norms.state import NormState, fresh_state
+from normswap.norms.entry import NormEntry, Option, Reader, Starter
 from normswap.table import Listing
 
-__all__ = ["NormList", "NormSpec", "add_readers", "build", "kinds", "list_norms", "reader", "spec"]
+__all__ = ["NormList", "add_readers", "kinds", "list_norms", "lookup", "reader", "register"]
 
 _ENTRIES: dict[str, NormEntry] = {
     entry.name: entry
@@ -28,67 +25,12 @@ _READERS: dict[type[nn.Module], Reader] = {
 }
 
 
-@dataclass(frozen=True)
-class NormSpec:
-    """A norm with its options: what a site is to become. Made by `normswap.spec`.
-
-    Args:
-        name: the registry name.
-        options: the options given, by name.
-    """
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def entry(self) -> NormEntry:
-        """The registry's entry."""
-        return _ENTRIES[self.name]
-
-    def start(self, state: NormState, *, carry: Carry = "auto") -> Start:
-        """Ask the norm how it starts from a source."""
-        return self.entry.start(state, carry=carry, **self.options)
-
-    def describes(self, state: NormState) -> bool:
-        """Whether a norm of this state is what is asked for, so that nothing is to be done."""
-        if state.norm != self.name:
-            return False
-        asked = {option.name: option.default for option in self.entry.options} | dict(self.options)
-        return all(
-            state.settings.get(name) == value for name, value in asked.items() if value is not None
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.name, tuple(sorted(self.options))))
-
-    def __str__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        return f"{self.name}({options})" if options else self.name
-
-
-def spec(name: str, **options: Any) -> NormSpec:
-    """Name a norm and its options; accepted wherever ``to`` is.
-
-    Args:
-        name: registry name or alias, upper or lower case.
-        options: the norm's options, see `normswap.list_norms`.
+def lookup(name: str) -> NormEntry:
+    """The entry of a norm, by its name or an alias, in upper or lower case.
 
     Raises:
         UnknownNorm: no norm has the name; near ones are suggested.
-        OptionError: the norm does not have an option.
     """
-    entry = _lookup(name)
-    known = [option.name for option in entry.options]
-    for option in options:
-        if option not in known:
-            raise OptionError(
-                f"{entry.name} has no option {option!r}.{did_you_mean(option, known)} "
-                + (f"It has {', '.join(known)}." if known else "It has none.")
-            )
-    return NormSpec(entry.name, options)
-
-
-def _lookup(name: str) -> NormEntry:
     names = {alias: entry for entry in _ENTRIES.values() for alias in (entry.name, *entry.aliases)}
     found = names.get(name.lower()) if isinstance(name, str) else None
     if found is None:
@@ -115,25 +57,75 @@ def add_readers(readers: Mapping[type[nn.Module], Reader]) -> None:
     _READERS.update(readers)
 
 
+def register(
+    name: str,
+    *,
+    reads: Mapping[type[nn.Module], Reader],
+    sources: Iterable[str] = ("batch_norm",),
+    aliases: Iterable[str] = (),
+    kind: str | None = None,
+    axis: Literal["statistics", "standardization", "affine", "none"] = "statistics",
+    pooled: str = "",
+    paper: str = "",
+    inputs: Iterable[str] = (),
+    needs: Iterable[str] = (),
+) -> Callable[[Starter], Starter]:
+    """Make a norm of your own a target and a source; decorates its starter.
+
+    The starter ``start(state, *, carry="auto", **options) -> Start`` says how the norm starts
+    from any other; its keyword arguments after ``carry`` are the norm's options.
+
+    Args:
+        name: what it is called; the same name again replaces the earlier entry.
+        reads: for each of its classes, a function from a module to the `NormState` that it is in.
+        sources: families that it converts when ``where`` is not given.
+        aliases: other names for it.
+        kind: its family; default a family of its own, called like it.
+        axis: what it changes in BatchNorm.
+        pooled: what its statistics are pooled over, in words.
+        paper: citation.
+        inputs: extra keyword inputs that a converted model takes.
+        needs: what the starter must be told of the site: ``"dim"``, the number of dimensions
+            after the channels.
+
+    Raises:
+        OptionError: a name is taken by another norm.
+    """
+
+    def decorate(start: Starter) -> Starter:
+        parameters = list(inspect.signature(start).parameters.values())[1:]
+        entry = NormEntry(
+            name=name,
+            aliases=tuple(aliases),
+            kind=kind or name,
+            axis=axis,
+            pooled=pooled,
+            paper=paper,
+            sources=frozenset(sources),
+            start=start,
+            reads=dict(reads),
+            options=tuple(
+                Option(parameter.name, parameter.default, "")
+                for parameter in parameters
+                if parameter.name != "carry"
+            ),
+            inputs=tuple(inputs),
+            needs=frozenset(needs),
+        )
+        for known in _ENTRIES.values():
+            taken = {known.name, *known.aliases} & {name, *entry.aliases}
+            if known.name != name and taken:
+                raise OptionError(f"{sorted(taken)} is taken by {known.name}; choose another name")
+        _ENTRIES[name] = entry
+        add_readers(entry.reads)
+        return start
+
+    return decorate
+
+
 def kinds() -> list[str]:
     """The families that norms belong to."""
     return sorted({entry.kind for entry in _ENTRIES.values()})
-
-
-def build(name: str, num_features: int, *, dim: int = 2, **options: Any) -> nn.Module:
-    """Make one norm, with unit gain and zero offset.
-
-    Args:
-        name: registry name or alias.
-        num_features: channels, C.
-        dim: number of spatial dimensions of its input: 1, 2 or 3.
-        options: the norm's options, see `normswap.list_norms`.
-
-    Returns:
-        A module for inputs (N, C, ...) with ``dim`` dimensions after the channels.
-    """
-    state = fresh_state(num_features, dim=dim)
-    return furnish(state, spec(name, **options).start(state)).module
 
 
 class NormList(Listing[NormEntry]):

@@ -100,7 +100,8 @@ def start_rms_norm(
     size, new_eps = state.num_features, state.eps if eps is None else eps
     tokens = state.channel_dim != 1
     # torch's own has no offset: it will do where the source has none to carry or to make.
-    plain = tokens and not state.tail and state.bias is None and not state.tracks
+    makes_offset = state.bias is not None or state.tracks or (affine and state.weight is None)
+    plain = tokens and not state.tail and not makes_offset
 
     def shell() -> nn.Module:
         if plain:

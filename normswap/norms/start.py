@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import CannotConvert
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.pool import BATCH, Pool, Rule, per_group
-from normswap.norms.state import RUNNING_STATISTICS, NormState
+from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
 
@@ -27,7 +27,7 @@ class Start:
     Args:
         fidelity: how faithful the new norm starts.
         shell: makes the module, with its class and settings but without the tensors below.
-        affine: whether the shell takes ``weight`` and ``bias``.
+        affine: which of ``weight`` and ``bias`` it takes.
         running: names of the running statistics that it takes.
         frozen: whether the affine is to be held fixed.
         values: new values, by name, computed when asked for: for ``weight`` and ``bias``, which
@@ -39,7 +39,7 @@ class Start:
 
     fidelity: Fidelity
     shell: Callable[[], nn.Module]
-    affine: bool
+    affine: tuple[str, ...]
     running: tuple[str, ...]
     values: Callable[[], Mapping[str, Tensor]]
     frozen: bool = False
@@ -87,11 +87,13 @@ def begin(
         remedy = 'convert it with carry="fresh" or leave it out by skip='
         raise CannotConvert(state.obstacle, remedy)
     values: Callable[[], Mapping[str, Tensor]] = dict
-    wants_affine = state.affine if affine is None else affine
+    names = () if affine is False else _affine_of(state)
+    if affine and not names:
+        names = AFFINE_TENSORS
     if carry == "fresh":
         values = partial(_unit, state)
     elif fidelity is Fidelity.MATCHED and not _is_identity(rule.eval, state, eps):
-        wants_affine = True
+        names = AFFINE_TENSORS
         values = partial(_match, state, rule.eval, eps)
     if state.parametrized and values is not dict:
         raise CannotConvert(
@@ -101,7 +103,7 @@ def begin(
     return Start(
         fidelity=fidelity,
         shell=shell,
-        affine=wants_affine,
+        affine=names,
         running=RUNNING_STATISTICS if running else (),
         values=values,
         frozen=frozen,
@@ -109,6 +111,10 @@ def begin(
         fresh=carry == "fresh",
         pool=rule.train if rule.train.measures else None,
     )
+
+
+def _affine_of(state: NormState) -> tuple[str, ...]:
+    return tuple(name for name in AFFINE_TENSORS if getattr(state, name) is not None)
 
 
 def _fidelity(

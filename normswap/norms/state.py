@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from normswap.norms.pool import BATCH, NOTHING, RUNNING, Rule
 
-__all__ = ["RUNNING_STATISTICS", "TENSORS", "NormState", "batch_rule", "fresh_state"]
+__all__ = [
+    "AFFINE_TENSORS",
+    "RUNNING_STATISTICS",
+    "TENSORS",
+    "NormState",
+    "batch_rule",
+    "fresh_state",
+]
 
 #: The tensors that norms share, by the names that they have in torch's own state dicts.
+AFFINE_TENSORS = ("weight", "bias")
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-TENSORS = ("weight", "bias", *RUNNING_STATISTICS)
+TENSORS = (*AFFINE_TENSORS, *RUNNING_STATISTICS)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.furnish import Furnished
-from normswap.norms.registry import NormSpec
+from normswap.norms.spec import Target
 from normswap.swap.changes import Changes
 
 __all__ = [
@@ -48,7 +48,7 @@ class Record:
     """
 
     original: nn.Module
-    spec: NormSpec
+    spec: Target
     fidelity: Fidelity
     note: str
     carried: frozenset[str]
@@ -90,7 +90,7 @@ def set_skips(model: nn.Module, left: Mapping[str, Skip]) -> None:
         vars(model).pop(_SKIPS, None)
 
 
-def keep(old: nn.Module, made: Furnished, spec: NormSpec, fidelity: Fidelity, note: str) -> Record:
+def keep(old: nn.Module, made: Furnished, spec: Target, fidelity: Fidelity, note: str) -> Record:
     """Write the record of a new norm onto it; a chain of conversions leads to the first original.
 
     Args:
@@ -192,12 +192,13 @@ def _hand_over(to: nn.Module, current: nn.Module, names: frozenset[str]) -> None
     """
     for name in names & current._parameters.keys():
         parameter = current._parameters[name]
-        if name in to._parameters:
+        if to._parameters.get(name) is not None:
             to._parameters[name] = parameter
-        elif name in to._buffers and parameter is not None:
+        elif to._buffers.get(name) is not None and parameter is not None:
             to._buffers[name] = parameter.detach()
-    for name in names & current._buffers.keys() & to._buffers.keys():
-        to._buffers[name] = current._buffers[name]
+    for name in names & current._buffers.keys():
+        if to._buffers.get(name) is not None:
+            to._buffers[name] = current._buffers[name]
 
 
 def _follow(

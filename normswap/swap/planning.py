@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from normswap.errors import CannotConvert, OptionError
 from normswap.graph.modules import find, read_site
 from normswap.graph.site import NormSite
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.registry import NormSpec, spec
+from normswap.norms.spec import Target
 from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
 from normswap.swap.demands import refuse_empty, refuse_idle, refuse_unfaithful
@@ -23,16 +22,14 @@ from normswap.swap.journal import model_place, record_of
 from normswap.swap.plan import Plan
 from normswap.swap.select import Selector, matches, require_match
 from normswap.swap.step import Step
+from normswap.swap.targets import To, Wanted, wanted
 
-__all__ = ["Target", "plan"]
-
-#: A name, a spec, or an ordered mapping of selectors to these, where ``None`` leaves alone.
-Target = str | NormSpec | Mapping[Any, str | NormSpec | None]
+__all__ = ["plan"]
 
 
 def plan(
     model: nn.Module,
-    to: Target,
+    to: To,
     *,
     where: Selector | None = None,
     skip: Selector | None = None,
@@ -46,8 +43,10 @@ def plan(
 
     Args:
         model: any module that is not scripted, wrapped for ranks or compiled.
-        to: a norm's name, a `normswap.spec`, or an ordered mapping of selectors to these, of
-            which the first that matches wins and ``None`` leaves alone.
+        to: a norm's name; a `normswap.spec`; a class or function of the number of channels that
+            gives a module; a function of the site that gives any of these, a module or ``None``;
+            or an ordered mapping of selectors to these, of which the first that matches wins and
+            ``None`` leaves alone.
         where: what to convert: a glob on the path (``"layer1.*"``), ``"re:..."`` on the whole
             path, ``"kind:batch_norm"``, a module type, a predicate on the site, or a list of
             these. Default: the families that the target converts by default, see `list_norms`.
@@ -74,17 +73,16 @@ def plan(
     refuse_unsupported(model)
     if carry not in ("auto", "copy", "fresh"):
         raise OptionError(f'carry={carry!r} is none of "auto", "copy", "fresh"')
-    wanted = _targets(to, options)
+    asked = wanted(to, options)
     sites = list(find(model, example_inputs))
     refuse_empty(sites, to)
     before = [_as_it_was(site) for site in sites]
-    for selector, name in ((where, "where"), (skip, "skip"), *((key, "to") for key, _ in wanted)):
-        if selector is not None:
-            require_match(selector, [*sites, *before], name)
+    for name, selector in _named_selectors(asked, where, skip):
+        require_match(selector, [*sites, *before], name)
     place = model_place(model)
     steps = []
     for site, was in zip(sites, before, strict=True):
-        target, reason = _choose(site, was, wanted, where, skip)
+        target, reason = _decide(site, was, asked, where, skip)
         steps.append(
             Step(site, "leave", reason=reason)
             if target is None
@@ -97,17 +95,11 @@ def plan(
     return made
 
 
-def _targets(to: Target, options: dict[str, Any]) -> list[tuple[Selector | None, NormSpec | None]]:
-    """``to`` as selectors with specs, in the order in which they are tried."""
-    if not isinstance(to, Mapping):
-        return [(None, _spec(to, options))]
-    return [(key, None if value is None else _spec(value, options)) for key, value in to.items()]
-
-
-def _spec(to: Any, options: dict[str, Any]) -> NormSpec:
-    if isinstance(to, NormSpec):
-        return spec(to.name, **{**to.options, **options})
-    return spec(to, **options)
+def _named_selectors(
+    asked: Wanted, where: Selector | None, skip: Selector | None
+) -> list[tuple[str, Selector]]:
+    given = [("where", where), ("skip", skip), *(("to", key) for key in asked.selectors)]
+    return [(name, selector) for name, selector in given if selector is not None]
 
 
 def _as_it_was(site: NormSite) -> NormSite:
@@ -115,47 +107,38 @@ def _as_it_was(site: NormSite) -> NormSite:
     record = record_of(site.module)
     if record is None:
         return site
-    return replace(read_site(record.original, site.path, site.aliases))
+    return read_site(record.original, site.path, site.aliases)
 
 
-def _choose(
+def _decide(
     site: NormSite,
     was: NormSite,
-    wanted: list[tuple[Selector | None, NormSpec | None]],
+    asked: Wanted,
     where: Selector | None,
     skip: Selector | None,
-) -> tuple[NormSpec | None, str]:
+) -> tuple[Target | None, str]:
     """What the site is to become, or why nothing.
 
     What a site was counts too, where it is by now what is asked for: so the same call made twice
     equals the call made once.
     """
 
-    def chosen(selector: Selector, target: NormSpec) -> bool:
-        return matches(selector, site) or (target.describes(site.state) and matches(selector, was))
+    def decide(view: NormSite) -> tuple[Target | None, str]:
+        if skip is not None and matches(skip, view):
+            return None, "left out by skip="
+        if where is not None and not matches(where, view):
+            return None, "not in where="
+        return asked.of(view, where)
 
-    if skip is not None and matches(skip, site):
-        return None, "left out by skip="
-    for key, target in wanted:
-        if target is None:
-            if key is not None and matches(key, site):
-                return None, "left out by the mapping"
-            continue
-        if key is not None:
-            if not chosen(key, target):
-                continue
-            if where is not None and not chosen(where, target):
-                return None, "not in where="
-            return target, ""
-        if where is not None:
-            return (target, "") if chosen(where, target) else (None, "not in where=")
-        if site.kind in target.entry.sources or target.describes(site.state):
-            return target, ""
-        return None, f"{site.kind} is not a source of {target.name}; select it by where="
-    return None, "not in the mapping"
+    target, reason = decide(site)
+    if target is None and was is not site:
+        earlier, _ = decide(was)
+        if earlier is not None and earlier.describes(site.state):
+            return earlier, ""
+    return target, reason
 
 
-def _step(site: NormSite, target: NormSpec, carry: Carry, place: Tensor, model: nn.Module) -> Step:
+def _step(site: NormSite, target: Target, carry: Carry, place: Tensor, model: nn.Module) -> Step:
     refuse_unready(site)
     if site.obstacle:
         return Step(site, "skip", target, reason=site.obstacle)
@@ -171,10 +154,10 @@ def _step(site: NormSite, target: NormSpec, carry: Carry, place: Tensor, model: 
     return Step(site, "convert", target, start, state)
 
 
-def _informed(site: NormSite, target: NormSpec, place: Tensor, model: nn.Module) -> NormState:
+def _informed(site: NormSite, target: Target, place: Tensor, model: nn.Module) -> NormState:
     """The site's state with what only its surroundings tell."""
     state = replace(site.state, like=place)
-    if "dim" in target.entry.needs and state.dim is None and state.channel_dim == 1:
+    if "dim" in target.needs and state.dim is None and state.channel_dim == 1:
         state = replace(state, dim=_dimension(site, model))
     return state
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from normswap.errors import NothingMatched, OptionError, UnknownNorm, did_you_mean
 from normswap.graph.site import NormSite
-from normswap.norms.registry import kinds, spec
+from normswap.norms.registry import kinds, lookup
 
 __all__ = ["Selector", "matches", "require_match", "select"]
 
@@ -89,7 +89,7 @@ def _kind(selector: str) -> str:
     if name in kinds():
         return name
     try:
-        return spec(name).entry.kind
+        return lookup(name).kind
     except UnknownNorm:
         return name
 

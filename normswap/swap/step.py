@@ -7,7 +7,7 @@ from typing import Literal
 
 from normswap.graph.site import NormSite
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.registry import NormSpec
+from normswap.norms.spec import Target
 from normswap.norms.start import Start
 from normswap.norms.state import NormState
 
@@ -32,7 +32,7 @@ class Step:
 
     site: NormSite
     action: Action
-    to: NormSpec | None = None
+    to: Target | None = None
     start: Start | None = None
     state: NormState | None = None
     reason: str = ""
