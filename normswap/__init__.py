@@ -14,11 +14,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normswap.api import apply_recipe as apply_recipe
     from normswap.api import convert as convert
     from normswap.api import converted as converted
     from normswap.api import find as find
+    from normswap.api import load as load
     from normswap.api import plan as plan
     from normswap.api import preserve_stats as preserve_stats
+    from normswap.api import recipe as recipe
+    from normswap.api import save as save
     from normswap.api import warmup as warmup
     from normswap.errors import NormSwapError as NormSwapError
     from normswap.errors import NormSwapWarning as NormSwapWarning
@@ -49,17 +53,21 @@ _WHERE = {
     "Rule": "norms.pool",
     "Start": "norms.start",
     "WarmupReport": "stats.report",
+    "apply_recipe": "api",
     "begin": "norms.start",
     "build": "norms.spec",
     "convert": "api",
     "converted": "api",
     "find": "api",
     "list_norms": "norms.registry",
+    "load": "api",
     "plan": "api",
+    "recipe": "api",
     "register": "norms.registry",
     "preserve_stats": "api",
     "report": "swap.report",
     "revert": "swap.apply",
+    "save": "api",
     "spec": "norms.spec",
     "warmup": "api",
 }

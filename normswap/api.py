@@ -18,13 +18,25 @@ from normswap.norms.fidelity import Fidelity
 from normswap.norms.start import Carry
 from normswap.stats import keeping
 from normswap.stats import warmup as _warmup
-from normswap.swap import planning
+from normswap.swap import planning, storage
+from normswap.swap import recipe as _recipe
 from normswap.swap.apply import apply_steps, undo
 from normswap.swap.plan import Plan
 from normswap.swap.select import Selector
 from normswap.swap.targets import To
 
-__all__ = ["convert", "converted", "find", "plan", "preserve_stats", "warmup"]
+__all__ = [
+    "apply_recipe",
+    "convert",
+    "converted",
+    "find",
+    "load",
+    "plan",
+    "preserve_stats",
+    "recipe",
+    "save",
+    "warmup",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +55,10 @@ def _informed(function: Callable[P, R]) -> Callable[P, R]:
 
 find = _informed(modules.find)
 plan = _informed(planning.plan)
+apply_recipe = _informed(_recipe.apply_recipe)
+recipe = _informed(_recipe.recipe)
+save = _informed(storage.save)
+load = _informed(storage.load)
 warmup = _informed(_warmup.warmup)
 preserve_stats = _informed(keeping.preserve_stats)
 

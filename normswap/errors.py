@@ -13,6 +13,7 @@ __all__ = [
     "NothingMatched",
     "NothingToConvert",
     "OptionError",
+    "RecipeError",
     "StalePlan",
     "StatisticsError",
     "TooUnfaithful",
@@ -52,6 +53,10 @@ class TooUnfaithful(NormSwapError):
 
 class StalePlan(NormSwapError):
     """The model changed between ``plan`` and ``apply``."""
+
+
+class RecipeError(NormSwapError):
+    """A recipe, or a file with one, that cannot be written or does not fit."""
 
 
 class StatisticsError(NormSwapError):

@@ -24,8 +24,8 @@ __all__ = ["FactorySpec"]
 class FactorySpec(Target):
     """A norm that a class or a function of the number of channels makes.
 
-    What it makes of a registered class is started as the registered norm with the same settings,
-    so that nothing is lost. Of another class the module itself is used, and takes weight and bias
+    What it makes of a registered class becomes the registered norm with the same settings, so
+    that nothing is lost. Of another class the module itself is used, and takes weight and bias
     where it has them per channel.
 
     Args:
@@ -50,13 +50,24 @@ class FactorySpec(Target):
         """The dimension, which some registered norms need."""
         return frozenset({"dim"})
 
-    def start(self, state: NormState, *, carry: Carry = "auto") -> Start:
-        """Start as the registered norm that it makes, or with the module that it makes."""
+    def settled(self, state: NormState) -> Target:
+        """The registered norm that it makes, if it makes one."""
         made = self.make(state.num_features)
-        known = _as_registered(made)
-        if known is not None:
-            _refuse_other_layout(made, state)
-            return known.start(state, carry=carry)
+        found = reader(type(made))
+        if found is None or found[1] is not type(made):
+            return self
+        read = found[0](made)
+        if read.channel_dim == -1 and state.channel_dim == 1:
+            raise CannotConvert(
+                f"a {type(made).__name__} normalizes the last dimension, and its channels are not "
+                "there",
+                'use to="ln2d" or "rms2d" for each position, or to="ln" or "rms" for each sample',
+            )
+        return NormSpec(read.norm, _asked_for(made, read))
+
+    def start(self, state: NormState, *, carry: Carry = "auto") -> Start:
+        """Start with the module itself, of a class that is not registered."""
+        made = self.make(state.num_features)
         if state.tail or state.channel_dim != 1:
             raise CannotConvert(
                 f"a {type(made).__name__} is not known to take its layout or its activation",
@@ -65,24 +76,29 @@ class FactorySpec(Target):
         names = () if carry == "fresh" else _shared_affine(made, state)
         return Start(
             fidelity=Fidelity.AFFINE if names else Fidelity.FRESH,
-            shell=lambda: self.make(state.num_features),
+            shell=partial(self.make, state.num_features),
             affine=names,
             running=(),
             values=dict,
         )
 
     def describes(self, state: NormState) -> bool:
-        """Whether the source is what the factory makes, as far as settings tell."""
-        known = _as_registered(self.make(state.num_features))
-        return known is not None and known.describes(state)
+        """No source is known to be what an unregistered class makes."""
+        return False
 
     def make(self, num_features: int) -> nn.Module:
         """Make a module.
 
         Raises:
-            OptionError: the factory gave something else.
+            OptionError: the factory failed, or gave something else.
         """
-        made = self.factory(num_features)
+        try:
+            made = self.factory(num_features)
+        except Exception as error:
+            raise OptionError(
+                f"{self.name}({num_features}) failed: {error}; give a class or a function that "
+                "takes the number of channels alone"
+            ) from error
         if not isinstance(made, nn.Module):
             raise OptionError(
                 f"{self.name}({num_features}) gave {type(made).__name__}, and should give a module"
@@ -93,14 +109,12 @@ class FactorySpec(Target):
         return self.name
 
 
-def _as_registered(made: nn.Module) -> NormSpec | None:
-    """The registered norm with the settings of a module, if its very class is registered."""
-    found = reader(type(made))
-    if found is None or found[1] is not type(made):
-        return None
-    state = found[0](made)
+def _asked_for(made: nn.Module, state: NormState) -> dict[str, object]:
+    """The options by which a registered norm becomes as a module is, where it is not as usual.
+
+    What is at its class's default was not asked for: there the source's own setting stays.
+    """
     parameters = inspect.signature(type(made)).parameters
-    # What is at the class's default was not asked for: there the source's own setting stays.
     usual = {name: parameter.default for name, parameter in parameters.items()} | {"affine": True}
     options = {
         option.name: state.settings[option.name]
@@ -109,17 +123,7 @@ def _as_registered(made: nn.Module) -> NormSpec | None:
     }
     if "num_groups" in options:
         options.pop("channels_per_group", None)
-    return NormSpec(state.norm, options)
-
-
-def _refuse_other_layout(made: nn.Module, state: NormState) -> None:
-    """A norm over the last dimension is not one over the channels of a channels-first map."""
-    found = reader(type(made))
-    if found is not None and found[0](made).channel_dim == -1 and state.channel_dim == 1:
-        raise CannotConvert(
-            f"a {type(made).__name__} normalizes the last dimension, and the channels are not there",
-            'use to="ln2d" or "rms2d" for each position, or to="ln" or "rms" for each sample',
-        )
+    return options
 
 
 def _shared_affine(made: nn.Module, state: NormState) -> tuple[str, ...]:

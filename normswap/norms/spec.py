@@ -34,6 +34,10 @@ class Target(ABC):
     def needs(self) -> frozenset[str]:
         """What its start must be told of the site."""
 
+    def settled(self, state: NormState) -> Target:
+        """The target that it is for a source, where that is only known now."""
+        return self
+
     @abstractmethod
     def start(self, state: NormState, *, carry: Carry = "auto") -> Start:
         """Ask how it starts from a source."""

@@ -12,6 +12,7 @@ from normswap.norms.base import Norm
 from normswap.norms.furnish import furnish
 from normswap.swap.carry import carry_over
 from normswap.swap.changes import Changes
+from normswap.swap.fast_path import keep_in_step
 from normswap.swap.journal import (
     Record,
     Skip,
@@ -55,6 +56,7 @@ def apply_steps(model: nn.Module, steps: Iterable[Step]) -> Applied:
     made = [_make(step, changes) for step in converting]
     before = skips(model)
     after = _skips_after(before, steps)
+    keep_in_step(model, changes)
     converted = changes.make(model)
     set_skips(converted, after)
     return Applied(converted, made, before)
@@ -102,6 +104,7 @@ def _take_back(
     changes = Changes()
     for module, record in found:
         put_back(module, record, place, changes)
+    keep_in_step(model, changes)
     reverted = changes.make(model)
     set_skips(reverted, left)
     return reverted

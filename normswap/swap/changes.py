@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Changes"]
+__all__ = ["ABSENT", "Changes"]
+
+#: Stands for an attribute that is not there.
+ABSENT = object()
 
 
 @dataclass
@@ -22,11 +25,14 @@ class Changes:
         modules: pairs of a module of the model and its replacement.
         writes: pairs of a tensor and the values that it is to hold.
         flags: pairs of a parameter and its ``requires_grad`` to be.
+        attributes: modules with the name and the value to be of a plain attribute; `ABSENT`
+            deletes it.
     """
 
     modules: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
     writes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     flags: list[tuple[Tensor, bool]] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, object]] = field(default_factory=list)
 
     def make(self, model: nn.Module) -> nn.Module:
         """Make all changes, or on any exception, an interrupt included, none.
@@ -47,6 +53,9 @@ class Changes:
                 _do(undo, partial(_write, tensor), tensor.detach().clone(), value)
             for parameter, flag in self.flags:
                 _do(undo, parameter.requires_grad_, parameter.requires_grad, flag)
+            for module, name, value in self.attributes:
+                put = partial(_set, module, name)
+                _do(undo, put, vars(module).get(name, ABSENT), value)
             undo.pop_all()
         return replacement.get(id(model), model)
 
@@ -55,6 +64,13 @@ def _do(undo: ExitStack, put: Callable[[Any], object], before: Any, after: Any) 
     """Put ``after``; ``undo`` puts ``before``, and knows it first, lest an interrupt slip in."""
     undo.callback(put, before)
     put(after)
+
+
+def _set(module: nn.Module, name: str, value: object) -> None:
+    if value is ABSENT:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = value
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:

@@ -24,7 +24,7 @@ def refuse_empty(sites: Sequence[NormSite], to: object) -> None:
 
 def refuse_idle(plan: Plan, to: object) -> None:
     """Raise `NothingToConvert` if no site is left to convert, saying what the model has."""
-    if plan.of("convert", "already"):
+    if plan.of("convert", "already") or not plan:
         return
     skipped = plan.of("skip")
     if skipped:

@@ -18,7 +18,7 @@ from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
 from normswap.swap.demands import refuse_empty, refuse_idle, refuse_unfaithful
 from normswap.swap.guards import refuse_unready, refuse_unsupported
-from normswap.swap.journal import model_place, record_of
+from normswap.swap.journal import model_place, record_of, records
 from normswap.swap.plan import Plan
 from normswap.swap.select import Selector, matches, require_match
 from normswap.swap.step import Step
@@ -75,7 +75,8 @@ def plan(
         raise OptionError(f'carry={carry!r} is none of "auto", "copy", "fresh"')
     asked = wanted(to, options)
     sites = list(find(model, example_inputs))
-    refuse_empty(sites, to)
+    if not records(model):  # a class that is not registered may have taken the place of all
+        refuse_empty(sites, to)
     before = [_as_it_was(site) for site in sites]
     for name, selector in _named_selectors(asked, where, skip):
         require_match(selector, [*sites, *before], name)
@@ -133,7 +134,7 @@ def _decide(
     target, reason = decide(site)
     if target is None and was is not site:
         earlier, _ = decide(was)
-        if earlier is not None and earlier.describes(site.state):
+        if earlier is not None and earlier.settled(site.state).describes(site.state):
             return earlier, ""
     return target, reason
 
@@ -142,9 +143,10 @@ def _step(site: NormSite, target: Target, carry: Carry, place: Tensor, model: nn
     refuse_unready(site)
     if site.obstacle:
         return Step(site, "skip", target, reason=site.obstacle)
-    if target.describes(site.state):
-        return Step(site, "already", target)
     try:
+        target = target.settled(site.state)
+        if target.describes(site.state):
+            return Step(site, "already", target)
         state = _informed(site, target, place, model)
         start = _checked(site, state, target.start(state, carry=carry))
     except CannotConvert as error:

@@ -111,7 +111,7 @@ def _asked(
         factory = FactorySpec(function)
         try:
             factory.make(site.num_features)
-        except Exception:
+        except OptionError:
             raise not_of_the_site from None
         return factory
     if isinstance(answer, nn.Module):
