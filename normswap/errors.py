@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "CannotConvert",
+    "CannotRevert",
     "DegeneratePooling",
     "NormSwapError",
     "NormSwapWarning",
@@ -53,6 +54,10 @@ class TooUnfaithful(NormSwapError):
 
 class StalePlan(NormSwapError):
     """The model changed between ``plan`` and ``apply``."""
+
+
+class CannotRevert(NormSwapError):
+    """A conversion that cannot be taken back, because of what happened since."""
 
 
 class RecipeError(NormSwapError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from normswap.norms.registry import reader
 
 __all__ = ["Neighbourhood", "Neighbours"]
 
+_LINEAR = (_ConvNd, nn.Linear)
 _ACTIVATION_NAMES = frozenset(
     name.lower() for name in torch.nn.modules.activation.__all__ if name != "MultiheadAttention"
 ) | {"relu_", "silu_", "hardswish_", "leaky_relu", "hard_sigmoid", "log_softmax"}
@@ -26,6 +28,9 @@ class Neighbours:
     Args:
         producer: path of the convolution or linear whose output is the norm's input at every
             call, or ``None``.
+        consumer: path of the convolution or linear that alone reads the norm's output, or
+            ``None``.
+        feeds_alone: whether the producer's output is read by nothing but the norm.
         activation: what alone reads the norm's output: the path of an activation module or the
             name of an activation function, or ``None``.
         calls: how often one forward calls the norm, as far as the graphs tell.
@@ -33,6 +38,8 @@ class Neighbours:
     """
 
     producer: str | None = None
+    consumer: str | None = None
+    feeds_alone: bool = False
     activation: str | None = None
     calls: int = 0
     order: int | None = None
@@ -53,32 +60,54 @@ class Neighbourhood:
         """The surroundings of the norm at a path, or ``None`` where no graph shows it."""
         return self._norms.get(path)
 
+    def calls(self, module: nn.Module) -> int:
+        """How often one forward calls a module, as far as the graphs tell."""
+        return self._calls[id(module)]
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self._model.named_modules(remove_duplicate=False))
+
+    @cached_property
+    def _calls(self) -> Counter[int]:
+        return Counter(
+            id(self._modules.get(prefix + str(node.target))) for node, prefix in self._seen
+        )
+
+    @cached_property
+    def _seen(self) -> list[tuple[torch.fx.Node, str]]:
+        """Every call of a module, with the prefix of the graph that it is in."""
+        return [
+            (node, fragment.prefix)
+            for fragment in self.trace.fragments
+            for node in fragment.graph.nodes
+            if node.op == "call_module"
+        ]
+
     @cached_property
     def _norms(self) -> dict[str, Neighbours]:
-        modules = dict(self._model.named_modules(remove_duplicate=False))
         first_path: dict[int, str] = {}
-        for path, module in modules.items():
+        for path, module in self._modules.items():
             first_path.setdefault(id(module), path)
         calls: dict[str, list[tuple[int, torch.fx.Node, str]]] = {}
         order = 0
-        for fragment in self.trace.fragments:
-            for node in fragment.graph.nodes:
-                if node.op != "call_module":
-                    continue
-                module = modules.get(fragment.prefix + str(node.target))
-                if module is None or reader(type(module)) is None:
-                    continue
-                calls.setdefault(first_path[id(module)], []).append((order, node, fragment.prefix))
+        for node, prefix in self._seen:
+            called = self._modules.get(prefix + str(node.target))
+            if called is not None and reader(type(called)) is not None:
+                calls.setdefault(first_path[id(called)], []).append((order, node, prefix))
                 order += 1
-        return {path: _summary(seen, modules) for path, seen in calls.items()}
+        return {path: _summary(seen, self._modules) for path, seen in calls.items()}
 
 
 def _summary(
     calls: list[tuple[int, torch.fx.Node, str]], modules: dict[str, nn.Module]
 ) -> Neighbours:
     """What all calls of one norm, each with its place in the order and its prefix, agree on."""
+    before = [_producer(node, prefix, modules) for _, node, prefix in calls]
     return Neighbours(
-        producer=_agreed([_producer(node, prefix, modules) for _, node, prefix in calls]),
+        producer=_agreed([path for path, _ in before]),
+        consumer=_agreed([_consumer(node, prefix, modules) for _, node, prefix in calls]),
+        feeds_alone=all(alone for _, alone in before),
         activation=_agreed([_activation(node, prefix, modules) for _, node, prefix in calls]),
         calls=len(calls),
         order=calls[0][0],
@@ -90,27 +119,48 @@ def _agreed(answers: list[str | None]) -> str | None:
     return answers[0] if len(set(answers)) == 1 else None
 
 
-def _producer(node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]) -> str | None:
+def _producer(
+    node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]
+) -> tuple[str | None, bool]:
+    """The layer that feeds a call, through identities, and whether it feeds nothing else."""
+    alone = True
     source = node.args[0] if node.args else None
     while isinstance(source, torch.fx.Node) and source.op == "call_module":
+        alone = alone and len(source.users) == 1
         path = prefix + str(source.target)
         module = modules.get(path)
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            return path
+        if isinstance(module, _LINEAR):
+            return path, alone
         if not isinstance(module, nn.Identity) or not source.args:
-            return None
+            break
         source = source.args[0]
+    return None, False
+
+
+def _reader(
+    node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]
+) -> tuple[torch.fx.Node, str, nn.Module | None] | None:
+    """What alone reads a call's output, past identities: node, and path and module if it is one."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        path = prefix + str(node.target)
+        module = modules.get(path) if node.op == "call_module" else None
+        if not isinstance(module, nn.Identity):
+            return node, path, module
     return None
+
+
+def _consumer(node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]) -> str | None:
+    found = _reader(node, prefix, modules)
+    return found[1] if found and isinstance(found[2], _LINEAR) else None
 
 
 def _activation(node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]) -> str | None:
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if node.op != "call_module":
-            name = getattr(node.target, "__name__", str(node.target))
-            return name if name in _ACTIVATION_NAMES else None
-        path = prefix + str(node.target)
-        module = modules.get(path)
-        if not isinstance(module, nn.Identity):
-            return path if type(module).__name__.lower() in _ACTIVATION_NAMES else None
-    return None
+    found = _reader(node, prefix, modules)
+    if found is None:
+        return None
+    user, path, module = found
+    if module is not None:
+        return path if type(module).__name__.lower() in _ACTIVATION_NAMES else None
+    name = getattr(user.target, "__name__", str(user.target))
+    return name if name in _ACTIVATION_NAMES else None

@@ -79,6 +79,15 @@ class NormSite:
         return self._around.producer if self._around else None
 
     @property
+    def around(self) -> Neighbours | None:
+        """All that a graph shows of its surroundings; ``None`` where none shows it."""
+        return self._around
+
+    def neighbourhood_calls(self, module: nn.Module) -> int:
+        """How often one forward calls another module of the model, as far as graphs tell."""
+        return self._neighbourhood.calls(module) if self._neighbourhood else 0
+
+    @property
     def order(self) -> int | None:
         """Its place in the order of calls; ``None`` where no graph shows it."""
         return self._around.order if self._around else None

@@ -55,7 +55,8 @@ class NormEntry:
         reads: the readers of its modules, by class.
         options: what can be set.
         inputs: extra keyword inputs that a converted model takes.
-        needs: what the starter must be told of the site: ``"dim"``.
+        needs: what the starter must be told of the site: ``"dim"``, how many dimensions follow
+            the channels; ``"neighbours"``, the layers before and after it.
     """
 
     name: str

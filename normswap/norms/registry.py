@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
-from normswap.norms import batch, frozen, group, identity, instance, layer, rms, sync_batch
+from normswap.norms import batch, fold, frozen, group, identity, instance, layer, rms, sync_batch
 from normswap.norms.entry import NormEntry, Option, Reader, Starter
 from normswap.table import Listing
 
@@ -17,7 +17,7 @@ __all__ = ["NormList", "add_readers", "kinds", "list_norms", "lookup", "reader",
 
 _ENTRIES: dict[str, NormEntry] = {
     entry.name: entry
-    for module in (batch, sync_batch, frozen, group, instance, layer, rms, identity)
+    for module in (batch, sync_batch, frozen, group, instance, layer, rms, identity, fold)
     for entry in module.ENTRIES
 }
 _READERS: dict[type[nn.Module], Reader] = {
@@ -86,7 +86,7 @@ def register(
         paper: citation.
         inputs: extra keyword inputs that a converted model takes.
         needs: what the starter must be told of the site: ``"dim"``, the number of dimensions
-            after the channels.
+            after the channels; ``"neighbours"``, the layers before and after it.
 
     Raises:
         OptionError: a name is taken by another norm.

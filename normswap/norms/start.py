@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import CannotConvert
+from normswap.norms.beside import Beside
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.pool import BATCH, Pool, Rule, per_group
 from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
@@ -35,6 +36,7 @@ class Start:
         note: what the user should know, for the plan and the report.
         fresh: whether the running statistics begin anew although the source has some.
         pool: what is pooled when the norm measures its input.
+        beside: what has to be rewritten in a neighbouring layer.
     """
 
     fidelity: Fidelity
@@ -46,6 +48,7 @@ class Start:
     note: str = ""
     fresh: bool = False
     pool: Pool | None = None
+    beside: Beside | None = None
 
 
 def begin(

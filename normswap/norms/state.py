@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from normswap.norms.beside import Neighbour
 from normswap.norms.pool import BATCH, NOTHING, RUNNING, Rule
 
 __all__ = [
@@ -54,6 +55,8 @@ class NormState:
         trainable: whether weight and bias were trainable before a freeze, by name.
         parametrized: whether weight or bias is computed by a parametrization.
         obstacle: why the affine cannot be carried to another family; empty if it can.
+        producer: the layer that feeds the norm, told only where the target needs it.
+        consumer: the layer that alone reads the norm, likewise.
         like: a tensor whose device and dtype new tensors take.
     """
 
@@ -75,6 +78,8 @@ class NormState:
     trainable: Mapping[str, bool] = field(default_factory=dict)
     parametrized: bool = False
     obstacle: str = ""
+    producer: Neighbour = field(default_factory=Neighbour)
+    consumer: Neighbour = field(default_factory=Neighbour)
     like: Tensor | None = None
 
     @property

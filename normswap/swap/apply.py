@@ -10,6 +10,7 @@ from torch import nn
 from normswap.errors import StalePlan
 from normswap.norms.base import Norm
 from normswap.norms.furnish import furnish
+from normswap.swap.beside import Pending, restore
 from normswap.swap.carry import carry_over
 from normswap.swap.changes import Changes
 from normswap.swap.fast_path import keep_in_step
@@ -53,7 +54,8 @@ def apply_steps(model: nn.Module, steps: Iterable[Step]) -> Applied:
     converting = [step for step in steps if step.action == "convert"]
     _refuse_stale(model, converting)
     changes = Changes()
-    made = [_make(step, changes) for step in converting]
+    pending = Pending(changes)
+    made = [_make(step, changes, pending) for step in converting]
     before = skips(model)
     after = _skips_after(before, steps)
     keep_in_step(model, changes)
@@ -85,6 +87,9 @@ def revert(model: nn.Module) -> nn.Module:
 
     Returns:
         The reverted model: the same object, unless the model itself was a norm.
+
+    Raises:
+        CannotRevert: a layer that a norm was folded into has been trained since.
     """
     found = [(module, record) for module, record in records(model).values()]
     return _take_back(model, found, {})
@@ -104,13 +109,14 @@ def _take_back(
     changes = Changes()
     for module, record in found:
         put_back(module, record, place, changes)
+    restore((kept for _, record in found for kept in record.beside), changes)
     keep_in_step(model, changes)
     reverted = changes.make(model)
     set_skips(reverted, left)
     return reverted
 
 
-def _make(step: Step, changes: Changes) -> tuple[nn.Module, Record]:
+def _make(step: Step, changes: Changes, pending: Pending) -> tuple[nn.Module, Record]:
     """Build the new norm of a step, complete but for what it shares with the old one."""
     site, start, state, spec = step.site, step.start, step.state, step.to
     if start is None or state is None or spec is None:
@@ -126,7 +132,8 @@ def _make(step: Step, changes: Changes) -> tuple[nn.Module, Record]:
         changes.writes.append((getattr(old, name), value))
     for name, flag in made.requires_grad.items():
         changes.flags.append((getattr(old, name), flag))
-    return new, keep(old, made, spec, start.fidelity, start.note)
+    kept = pending.add(start.beside) if start.beside else ()
+    return new, keep(old, made, spec, start.fidelity, start.note, kept)
 
 
 def _refuse_stale(model: nn.Module, converting: list[Step]) -> None:

@@ -25,6 +25,7 @@ class Changes:
         modules: pairs of a module of the model and its replacement.
         writes: pairs of a tensor and the values that it is to hold.
         flags: pairs of a parameter and its ``requires_grad`` to be.
+        parameters: modules with the name of a parameter and the object, or ``None``, to be there.
         attributes: modules with the name and the value to be of a plain attribute; `ABSENT`
             deletes it.
     """
@@ -32,6 +33,7 @@ class Changes:
     modules: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
     writes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     flags: list[tuple[Tensor, bool]] = field(default_factory=list)
+    parameters: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, object]] = field(default_factory=list)
 
     def make(self, model: nn.Module) -> nn.Module:
@@ -51,11 +53,14 @@ class Changes:
                 _do(undo, partial(_bind_hooks, new), old, new)
             for tensor, value in self.writes:
                 _do(undo, partial(_write, tensor), tensor.detach().clone(), value)
-            for parameter, flag in self.flags:
-                _do(undo, parameter.requires_grad_, parameter.requires_grad, flag)
-            for module, name, value in self.attributes:
+            for tensor, flag in self.flags:
+                _do(undo, tensor.requires_grad_, tensor.requires_grad, flag)
+            for module, name, parameter in self.parameters:
+                held = module._parameters
+                _do(undo, partial(held.__setitem__, name), held[name], parameter)
+            for module, name, attribute in self.attributes:
                 put = partial(_set, module, name)
-                _do(undo, put, vars(module).get(name, ABSENT), value)
+                _do(undo, put, vars(module).get(name, ABSENT), attribute)
             undo.pop_all()
         return replacement.get(id(model), model)
 

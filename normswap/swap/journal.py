@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.furnish import Furnished
 from normswap.norms.spec import Target
+from normswap.swap.beside import Kept
 from normswap.swap.changes import Changes
 
 __all__ = [
@@ -45,6 +46,7 @@ class Record:
         saved: values that a start rewrote, by the tensor's name, as they were.
         flags: ``requires_grad`` of tensors that a start froze, by name, as it was.
         dtype: floating-point type of the norm when it was put in place, if it had tensors.
+        beside: parameters of neighbouring layers that a start rewrote, as they were.
     """
 
     original: nn.Module
@@ -55,6 +57,7 @@ class Record:
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     flags: Mapping[str, bool] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    beside: tuple[Kept, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,14 @@ def set_skips(model: nn.Module, left: Mapping[str, Skip]) -> None:
         vars(model).pop(_SKIPS, None)
 
 
-def keep(old: nn.Module, made: Furnished, spec: Target, fidelity: Fidelity, note: str) -> Record:
+def keep(
+    old: nn.Module,
+    made: Furnished,
+    spec: Target,
+    fidelity: Fidelity,
+    note: str,
+    beside: tuple[Kept, ...] = (),
+) -> Record:
     """Write the record of a new norm onto it; a chain of conversions leads to the first original.
 
     Args:
@@ -99,6 +109,7 @@ def keep(old: nn.Module, made: Furnished, spec: Target, fidelity: Fidelity, note
         spec: what it was asked to be.
         fidelity: how faithfully it starts.
         note: what is worth saying about it.
+        beside: parameters of neighbouring layers that it rewrites, as they are.
 
     Returns:
         The record of this one step, whose original is ``old``.
@@ -117,6 +128,7 @@ def keep(old: nn.Module, made: Furnished, spec: Target, fidelity: Fidelity, note
             if _tensor(old, name).requires_grad != flag
         },
         dtype=None if anchor is None else anchor.dtype,
+        beside=beside,
     )
     earlier = record_of(old)
     vars(made.module)[_RECORD] = step if earlier is None else _chain(earlier, step, made)
@@ -134,6 +146,7 @@ def _chain(earlier: Record, step: Record, made: Furnished) -> Record:
         saved={k: v for k, v in step.saved.items() if k in earlier.carried} | dict(earlier.saved),
         flags={k: flag for k, flag in flags.items() if made.requires_grad.get(k) != flag},
         dtype=earlier.dtype,
+        beside=earlier.beside + step.beside,
     )
 
 

@@ -6,8 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 
 from normswap.errors import CannotConvert, OptionError
 from normswap.graph.modules import find, read_site
@@ -18,10 +17,11 @@ from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
 from normswap.swap.demands import refuse_empty, refuse_idle, refuse_unfaithful
 from normswap.swap.guards import refuse_unready, refuse_unsupported
-from normswap.swap.journal import model_place, record_of, records
+from normswap.swap.journal import record_of, records
 from normswap.swap.plan import Plan
 from normswap.swap.select import Selector, matches, require_match
 from normswap.swap.step import Step
+from normswap.swap.surroundings import Surroundings
 from normswap.swap.targets import To, Wanted, wanted
 
 __all__ = ["plan"]
@@ -80,14 +80,14 @@ def plan(
     before = [_as_it_was(site) for site in sites]
     for name, selector in _named_selectors(asked, where, skip):
         require_match(selector, [*sites, *before], name)
-    place = model_place(model)
+    surroundings = Surroundings(model)
     steps = []
     for site, was in zip(sites, before, strict=True):
         target, reason = _decide(site, was, asked, where, skip)
         steps.append(
             Step(site, "leave", reason=reason)
             if target is None
-            else _step(site, target, carry, place, model)
+            else _step(site, target, carry, surroundings)
         )
     made = Plan(model, steps)
     refuse_idle(made, to)
@@ -139,7 +139,7 @@ def _decide(
     return target, reason
 
 
-def _step(site: NormSite, target: Target, carry: Carry, place: Tensor, model: nn.Module) -> Step:
+def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundings) -> Step:
     refuse_unready(site)
     if site.obstacle:
         return Step(site, "skip", target, reason=site.obstacle)
@@ -147,29 +147,13 @@ def _step(site: NormSite, target: Target, carry: Carry, place: Tensor, model: nn
         target = target.settled(site.state)
         if target.describes(site.state):
             return Step(site, "already", target)
-        state = _informed(site, target, place, model)
+        state = surroundings.inform(site, target.needs)
         start = _checked(site, state, target.start(state, carry=carry))
     except CannotConvert as error:
         return Step(site, "skip", target, reason=str(error))
     except OptionError as error:
         raise OptionError(f"{site.label}: {error}") from None
     return Step(site, "convert", target, start, state)
-
-
-def _informed(site: NormSite, target: Target, place: Tensor, model: nn.Module) -> NormState:
-    """The site's state with what only its surroundings tell."""
-    state = replace(site.state, like=place)
-    if "dim" in target.needs and state.dim is None and state.channel_dim == 1:
-        state = replace(state, dim=_dimension(site, model))
-    return state
-
-
-def _dimension(site: NormSite, model: nn.Module) -> int | None:
-    """How many dimensions follow the channels, from example inputs or the producing convolution."""
-    if site.input_shape is not None:
-        return max(len(site.input_shape) - 2, 1)
-    producer = model.get_submodule(site.producer) if site.producer else None
-    return len(producer.kernel_size) if isinstance(producer, _ConvNd) else None
 
 
 def _checked(site: NormSite, state: NormState, start: Start) -> Start:

@@ -1,0 +1,87 @@
+"""What only a site's surroundings tell of its state, asked for where a target needs it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Set
+from dataclasses import replace
+from functools import cached_property
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from normswap.graph.site import NormSite
+from normswap.norms.beside import Neighbour
+from normswap.norms.state import NormState
+from normswap.swap.journal import model_place
+
+__all__ = ["Surroundings"]
+
+
+class Surroundings:
+    """The model around its sites.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._place = model_place(model)
+
+    def inform(self, site: NormSite, needs: Set[str]) -> NormState:
+        """The site's state with what a target needs to be told of it."""
+        state = replace(site.state, like=self._place)
+        if "dim" in needs and state.dim is None and state.channel_dim == 1:
+            state = replace(state, dim=self._dimension(site))
+        if "neighbours" in needs:
+            before, after = self._producer(site), self._consumer(site)
+            state = replace(state, producer=before, consumer=after)
+        return state
+
+    def _dimension(self, site: NormSite) -> int | None:
+        """How many dimensions follow the channels, by example inputs or the convolution before."""
+        if site.input_shape is not None:
+            return max(len(site.input_shape) - 2, 1)
+        producer = self._model.get_submodule(site.producer) if site.producer else None
+        return len(producer.kernel_size) if isinstance(producer, _ConvNd) else None
+
+    def _producer(self, site: NormSite) -> Neighbour:
+        around = site.around
+        if around is None:
+            return Neighbour(problem="no graph shows what feeds it")
+        if around.producer is None:
+            return Neighbour(problem="no convolution or linear feeds it directly")
+        problem = (
+            "" if around.feeds_alone else f"something else reads the output of {site.producer}"
+        )
+        return self._neighbour(site, around.producer, problem)
+
+    def _consumer(self, site: NormSite) -> Neighbour:
+        around = site.around
+        if around is None:
+            return Neighbour(problem="no graph shows what reads it")
+        if around.consumer is None:
+            return Neighbour(problem="no convolution or linear alone reads it directly")
+        return self._neighbour(site, around.consumer, "")
+
+    def _neighbour(self, site: NormSite, path: str, problem: str) -> Neighbour:
+        module = self._model.get_submodule(path)
+        calls = site.neighbourhood_calls(module)
+        if site.around is not None and site.around.calls != 1:
+            problem = f"the norm is called {site.around.calls} times"
+        elif calls != 1:
+            problem = f"{path} is called {calls} times"
+        elif any(self._owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+            problem = f"the weight of {path} is shared with another layer"
+        return Neighbour(path, module, problem)
+
+    @cached_property
+    def _owners(self) -> Counter[int]:
+        """How many modules hold each parameter."""
+        return Counter(
+            id(parameter)
+            for module in self._model.modules()
+            for parameter in module._parameters.values()
+            if parameter is not None
+        )
