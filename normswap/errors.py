@@ -8,6 +8,7 @@ from collections.abc import Iterable
 __all__ = [
     "CannotConvert",
     "DegeneratePooling",
+    "MissingExtra",
     "NormSwapError",
     "NormSwapWarning",
     "NothingMatched",
@@ -52,6 +53,10 @@ class TooUnfaithful(NormSwapError):
 
 class StalePlan(NormSwapError):
     """The model changed between ``plan`` and ``apply``."""
+
+
+class MissingExtra(NormSwapError):
+    """A library is not installed that only a part of normswap needs."""
 
 
 class StatisticsError(NormSwapError):
