@@ -9,6 +9,7 @@ __all__ = [
     "CannotConvert",
     "CannotRevert",
     "DegeneratePooling",
+    "MissingExtra",
     "NormSwapError",
     "NormSwapWarning",
     "NothingMatched",
@@ -62,6 +63,10 @@ class CannotRevert(NormSwapError):
 
 class RecipeError(NormSwapError):
     """A recipe, or a file with one, that cannot be written or does not fit."""
+
+
+class MissingExtra(NormSwapError):
+    """A library is not installed that only a part of normswap needs."""
 
 
 class StatisticsError(NormSwapError):
