@@ -117,12 +117,12 @@ def convert(
         min_fidelity=min_fidelity,
         **options,
     )
-    result = planned.apply()
-    _warn(planned, fresh_wanted=carry == "fresh")
-    return result
+    _warn(planned, fresh_wanted=carry == "fresh", stacklevel=3)
+    return planned.apply()
 
 
-def _warn(planned: Plan, *, fresh_wanted: bool) -> None:
+def _warn(planned: Plan, *, fresh_wanted: bool, stacklevel: int) -> None:
+    """Warn of what will be skipped or lost, before anything is done: a warning may be an error."""
     skipped = planned.of("skip")
     fresh = [
         step
@@ -144,7 +144,7 @@ def _warn(planned: Plan, *, fresh_wanted: bool) -> None:
             f"of {len(planned)} normalizations {'; '.join(messages)}. "
             "print(normswap.report(model)) shows all.",
             NormSwapWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -153,6 +153,7 @@ def converted(model: nn.Module, to: To, **arguments: Any) -> Iterator[nn.Module]
     """Convert a model for the length of a ``with`` block.
 
     On leaving, also by an exception, its norms are those of before, earlier conversions included.
+    Inside, `revert` goes back no further than that.
 
     Args:
         model: as for `plan`.
@@ -163,9 +164,10 @@ def converted(model: nn.Module, to: To, **arguments: Any) -> Iterator[nn.Module]
         The converted model.
     """
     planned = plan(model, to, **arguments)
-    applied = apply_steps(model, planned)
+    # One frame more than convert: the context manager's own.
+    _warn(planned, fresh_wanted=arguments.get("carry") == "fresh", stacklevel=4)
+    applied = apply_steps(model, planned, scoped=True)
     try:
-        _warn(planned, fresh_wanted=arguments.get("carry") == "fresh")
         yield applied.model
     finally:
         undo(applied)

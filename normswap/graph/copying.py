@@ -1,9 +1,11 @@
-"""A copy of a model for looking only: its own modules and attributes, the same tensors."""
+"""A copy of a model for looking only: its own modules, attributes and buffers, no hooks."""
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -11,17 +13,38 @@ __all__ = ["structure_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def structure_copy(model: M) -> M:
-    """Copy the modules but none of the tensors: cheap in time and memory for any size.
+    """Copy the modules but not the weights: cheap in time and memory for any size.
 
-    Tracing and hooks may leave what they like in the copy; the model never sees it.
+    Tracing and running may leave what they like in the copy, count in its buffers and append to
+    its lists; the model never sees it, and the user's hooks are not called.
 
     Raises:
         Exception: whatever ``copy.deepcopy`` raises for an attribute that cannot be copied.
     """
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            memo.update((id(value), value) for value in held.values() if isinstance(value, Tensor))
-    return copy.deepcopy(model, memo)
+        memo.update((id(tensor), tensor) for tensor in _tensors(list(vars(module).values())))
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = buffer.detach().clone()
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name in _HOOKS:
+            vars(module)[name] = OrderedDict()
+    return copied
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a value, through any plain containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in list(value.values()):
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple, set)):
+        for part in value:
+            yield from _tensors(part)

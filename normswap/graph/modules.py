@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from normswap.errors import UnsupportedModel
 from normswap.graph.neighbours import Neighbourhood
 from normswap.graph.shapes import observe_shapes
 from normswap.graph.site import NormSite, Sites
@@ -16,7 +17,7 @@ from normswap.norms.pool import NOTHING, Rule
 from normswap.norms.registry import reader
 from normswap.norms.state import NormState
 
-__all__ = ["find", "quantized", "read_site", "uninitialised"]
+__all__ = ["find", "quantized", "read_site", "require_module", "uninitialised"]
 
 
 def find(model: nn.Module, example_inputs: Any = None) -> Sites:
@@ -34,14 +35,18 @@ def find(model: nn.Module, example_inputs: Any = None) -> Sites:
     Returns:
         The sites in the order of the model's modules; ``print()`` shows a table.
     """
+    require_module(model)
     known: dict[type[nn.Module], bool] = {}
     names: dict[int, list[str]] = {}
     norms: dict[int, nn.Module] = {}
     inside: set[int] = set()
+    holders: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         cls = type(module)
         if cls not in known:
             known[cls] = reader(cls) is not None
+        if quantized(module):
+            holders.update((id(child), cls.__name__) for child in module.modules())
         if known[cls] and id(module) not in inside:
             if id(module) not in norms:
                 inside.update(map(id, module.modules()))
@@ -53,6 +58,7 @@ def find(model: nn.Module, example_inputs: Any = None) -> Sites:
         read_site(module, names[key][0], tuple(names[key][1:]), neighbourhood)
         for key, module in norms.items()
     ]
+    sites = [_fused(site, holders) for site in sites]
     if example_inputs is not None:
         shapes = observe_shapes(model, example_inputs, [site.path for site in sites])
         sites = [replace(site, input_shapes=tuple(shapes[site.path])) for site in sites]
@@ -75,8 +81,8 @@ def read_site(
         raise TypeError(f"{type(module).__name__} is not a known norm")
     read, known_class = found
     obstacle = _obstacle(module, known_class)
-    unreadable = uninitialised(module) or quantized(module)
-    state = _unread(module) if unreadable else read(module)
+    unready = uninitialised(module) or quantized(module)
+    state = _unread(module) if unready else read(module)
     return NormSite(
         path=path,
         kind=state.kind,
@@ -85,8 +91,26 @@ def read_site(
         state=state,
         aliases=aliases,
         obstacle=obstacle,
+        unready=unready,
         _neighbourhood=neighbourhood,
     )
+
+
+def _fused(site: NormSite, holders: dict[int, str]) -> NormSite:
+    """The site, unready if it is a part of a module for quantization, which reads it."""
+    holder = holders.get(id(site.module))
+    if holder is None or site.unready:
+        return site
+    obstacle = f"it is part of a {holder}, which reads it; convert the model before quantizing it"
+    return replace(site, obstacle=obstacle, unready=True)
+
+
+def require_module(model: object) -> None:
+    """Raise `UnsupportedModel` for what is no model at all."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(
+            f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
+        )
 
 
 def _obstacle(module: nn.Module, known_class: type[nn.Module]) -> str:

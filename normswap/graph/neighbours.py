@@ -28,6 +28,7 @@ class Neighbours:
     Args:
         producer: path of the convolution or linear whose output is the norm's input at every
             call, or ``None``.
+        producers: paths of all convolutions and linears that feed it, at any call.
         consumer: path of the convolution or linear that alone reads the norm's output, or
             ``None``.
         feeds_alone: whether the producer's output is read by nothing but the norm.
@@ -38,6 +39,7 @@ class Neighbours:
     """
 
     producer: str | None = None
+    producers: tuple[str, ...] = ()
     consumer: str | None = None
     feeds_alone: bool = False
     activation: str | None = None
@@ -106,6 +108,7 @@ def _summary(
     before = [_producer(node, prefix, modules) for _, node, prefix in calls]
     return Neighbours(
         producer=_agreed([path for path, _ in before]),
+        producers=tuple(dict.fromkeys(path for path, _ in before if path)),
         consumer=_agreed([_consumer(node, prefix, modules) for _, node, prefix in calls]),
         feeds_alone=all(alone for _, alone in before),
         activation=_agreed([_activation(node, prefix, modules) for _, node, prefix in calls]),

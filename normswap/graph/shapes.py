@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.copying import structure_copy
+from normswap.randomness import kept_random_state
 
 __all__ = ["observe_shapes"]
 
@@ -42,7 +43,7 @@ def observe_shapes(
 
     for path in seen:
         copied.get_submodule(path).register_forward_pre_hook(watch(path))
-    with torch.no_grad():
+    with torch.no_grad(), kept_random_state():
         if isinstance(example_inputs, Mapping):
             copied(**example_inputs)
         elif isinstance(example_inputs, (tuple, list)):

@@ -31,6 +31,7 @@ class NormSite:
         aliases: the other names under which the model has the same object.
         input_shapes: with example inputs, the input's shape at each call.
         obstacle: why it cannot be converted to anything; empty if it can.
+        unready: whether it has no weights to speak of yet, or no longer: lazy or quantized.
     """
 
     path: str
@@ -41,6 +42,7 @@ class NormSite:
     aliases: tuple[str, ...] = ()
     input_shapes: tuple[tuple[int, ...], ...] | None = None
     obstacle: str = ""
+    unready: bool = False
     _neighbourhood: Neighbourhood | None = field(default=None, repr=False, compare=False)
 
     @property

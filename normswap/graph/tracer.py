@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normswap.graph.copying import structure_copy
 from normswap.norms.registry import reader
+from normswap.randomness import kept_random_state
 
 __all__ = ["Fragment", "Trace", "leave_whole", "trace"]
 
@@ -66,7 +67,8 @@ def trace(model: nn.Module) -> Trace:
     except Exception as error:
         return Trace([], {"": f"it cannot be copied for tracing: {_brief(error)}"})
     result = Trace([])
-    _trace_part(copied, "", result)
+    with kept_random_state():
+        _trace_part(copied, "", result)
     return result
 
 

@@ -97,6 +97,7 @@ class BatchNorm3d(SynchronizedBatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` with normswap's layout, tail and synchronisation."""
 
 
+_PER_GROUP = (SynchronizedBatchNorm, nn.SyncBatchNorm)
 _TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _OURS = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
 
@@ -115,8 +116,8 @@ def read_batch_norm(module: nn.Module, *, norm: str = "bn") -> NormState:
         momentum=held.momentum,
         dim=dimension(module, *_TORCH.values()),
         settings={
-            "sync": getattr(module, "sync", False),
-            "process_group": getattr(module, "process_group", None),
+            "sync": held.sync if isinstance(module, SynchronizedBatchNorm) else False,
+            "process_group": held.process_group if isinstance(module, _PER_GROUP) else None,
             "eps": held.eps,
             "momentum": held.momentum,
             "affine": given["weight"] is not None,

@@ -70,6 +70,13 @@ class FrozenBatchNorm(Norm):
             eps=self.eps,
         )
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Other frozen norms, and BatchNorms of old, save no counter.
+        state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         """Say size and eps, as torch's BatchNorm does."""
         return f"{self.num_features}, eps={self.eps}"
@@ -90,8 +97,8 @@ def read_frozen_batch_norm(module: nn.Module) -> NormState:
         rule=Rule.always(RUNNING),
         eps=held.eps,
         momentum=getattr(module, "momentum", 0.1),
-        dim=getattr(module, "dim", 2),
-        trainable=dict(getattr(module, "trainable", {})),
+        dim=module.dim if isinstance(module, FrozenBatchNorm) else 2,
+        trainable=dict(module.trainable) if isinstance(module, FrozenBatchNorm) else {},
         settings={"eps": held.eps},
         **given,
         **layout(module),

@@ -42,6 +42,8 @@ def furnish(state: NormState, start: Start) -> Furnished:
     rewrites: dict[str, Tensor] = {}
     for name in AFFINE_TENSORS:
         own: Tensor | None = getattr(state, name) if name in start.affine else None
+        if own is not None and own.shape != (state.num_features,):
+            own = None
         value = values.pop(name, None)
         if own is not None:
             carried.add(name)
@@ -64,10 +66,11 @@ def furnish(state: NormState, start: Start) -> Furnished:
     ):
         if hasattr(module, flag):
             setattr(module, flag, setting)
-    flags = {name: False if start.frozen else state.trainable.get(name) for name in carried}
-    requires_grad = {
-        name: flag for name, flag in flags.items() if flag is not None and name in AFFINE_TENSORS
-    }
+    affine = [
+        n for n in AFFINE_TENSORS if n in carried and isinstance(getattr(state, n), nn.Parameter)
+    ]
+    flags = {name: False if start.frozen else state.trainable.get(name) for name in affine}
+    requires_grad = {name: flag for name, flag in flags.items() if flag is not None}
     return Furnished(module, frozenset(carried), rewrites, requires_grad)
 
 

@@ -35,6 +35,10 @@ class Identity(Norm, nn.Identity):
         empty = torch.empty(0) if like is None else like.detach().new_empty(0)
         self.register_buffer("like", empty, persistent=False)
 
+    def normalize(self, x: Tensor) -> Tensor:
+        """Hand on a copy: an activation in place behind it must not reach what went in."""
+        return x.clone()
+
     def extra_repr(self) -> str:
         """Say how many channels pass."""
         return f"{self.num_features}"

@@ -7,6 +7,7 @@ Stylization", 2016, arXiv 1607.08022.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -27,26 +28,34 @@ __all__ = ["ENTRIES", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
 class _MapNorm(Norm):
     """Mixed in before a torch InstanceNorm: refuses maps of one position."""
 
-    training: bool
+    dim: ClassVar[int]
+    num_features: int
     track_running_stats: bool
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Normalize x (N, C, ...) per sample and channel."""
+        """Normalize x (N, C, ...) per sample and channel; (C, ...) is one sample, as in torch."""
         if self.training or not self.track_running_stats:
-            self.refuse_single_value(math.prod(x.shape[2:]))
+            one_sample = x.ndim == self.dim + 1 and x.shape[0] == self.num_features
+            self.refuse_single_value(math.prod(x.shape[1 if one_sample else 2 :]))
         return super().normalize(x)
 
 
 class InstanceNorm1d(_MapNorm, nn.InstanceNorm1d):
     """`torch.nn.InstanceNorm1d` with normswap's layout and tail."""
 
+    dim = 1
+
 
 class InstanceNorm2d(_MapNorm, nn.InstanceNorm2d):
     """`torch.nn.InstanceNorm2d` with normswap's layout and tail."""
 
+    dim = 2
+
 
 class InstanceNorm3d(_MapNorm, nn.InstanceNorm3d):
     """`torch.nn.InstanceNorm3d` with normswap's layout and tail."""
+
+    dim = 3
 
 
 _TORCH = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}

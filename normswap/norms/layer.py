@@ -132,8 +132,7 @@ def read_layer_norm(module: nn.Module, *, norm: str = "ln", channel_dim: int = -
         obstacle=over_several(shape),
         settings={"eps": module.eps, "affine": module.elementwise_affine},
         **tensors(module),
-        channel_dim=getattr(module, "channel_dim", channel_dim) if per_channel else 1,
-        tail=getattr(module, "tail", ()),
+        **({"channel_dim": channel_dim if per_channel else 1} | layout(module)),
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normswap.norms.base import Norm
+
 __all__ = ["dimension", "has_parametrized_affine", "layout", "tensors"]
 
 
@@ -23,11 +25,10 @@ def tensors(module: nn.Module) -> dict[str, Any]:
 
 
 def layout(module: nn.Module) -> dict[str, Any]:
-    """Where the module's channels are and what runs after it, as `Norm` keeps them."""
-    return {
-        "channel_dim": getattr(module, "channel_dim", 1),
-        "tail": getattr(module, "tail", ()),
-    }
+    """Where the module's channels are and what runs after it, if it is a `Norm`."""
+    if not isinstance(module, Norm):
+        return {}
+    return {"channel_dim": module.channel_dim, "tail": module.tail}
 
 
 def has_parametrized_affine(module: nn.Module) -> bool:

@@ -145,8 +145,7 @@ def read_rms_norm(module: nn.Module, *, norm: str = "rms", channel_dim: int = -1
         obstacle=over_several(shape),
         settings={"eps": eps, "affine": given["weight"] is not None},
         **given,
-        channel_dim=getattr(module, "channel_dim", channel_dim) if per_channel else 1,
-        tail=getattr(module, "tail", ()),
+        **({"channel_dim": channel_dim if per_channel else 1} | layout(module)),
     )
 
 

@@ -130,4 +130,7 @@ def build(name: str, num_features: int, *, dim: int = 2, **options: Any) -> nn.M
         A module for inputs (N, C, ...) with ``dim`` dimensions after the channels.
     """
     state = fresh_state(num_features, dim=dim)
-    return furnish(state, spec(name, **options).start(state)).module
+    made = furnish(state, spec(name, **options).start(state))
+    for tensor, flag in made.requires_grad.items():
+        made.module.get_parameter(tensor).requires_grad_(flag)
+    return made.module

@@ -91,7 +91,8 @@ def begin(
         raise CannotConvert(state.obstacle, remedy)
     values: Callable[[], Mapping[str, Tensor]] = dict
     names = () if affine is False else _affine_of(state)
-    if affine and not names:
+    # Where nothing was standardized there is no affine to go by, and norms usually have one.
+    if not names and (affine or (affine is None and state.rule.eval.over == "nothing")):
         names = AFFINE_TENSORS
     if carry == "fresh":
         values = partial(_unit, state)
@@ -144,11 +145,12 @@ def _is_identity(pool: Pool, state: NormState, eps: float) -> bool:
 
 
 def _unit(state: NormState) -> dict[str, Tensor]:
+    """Unit gain and zero offset for what the source has of them per channel."""
     values = {}
-    if state.weight is not None:
-        values["weight"] = torch.ones_like(state.weight)
-    if state.bias is not None:
-        values["bias"] = torch.zeros_like(state.bias)
+    for name, make in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
+        own = getattr(state, name)
+        if own is not None and own.shape == (state.num_features,):
+            values[name] = make(own)
     return values
 
 

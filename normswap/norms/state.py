@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.norms.beside import Neighbour
 from normswap.norms.pool import BATCH, NOTHING, RUNNING, Rule
@@ -106,18 +106,15 @@ def batch_rule(*, tracks: bool) -> Rule:
 
 
 def fresh_state(num_features: int, *, dim: int, like: Tensor | None = None) -> NormState:
-    """The state of a norm that was never trained: unit gain, zero offset, nothing tracked.
+    """The state of a norm that was never trained: no tensors, nothing standardized.
 
     It is what `normswap.build` starts every norm from.
     """
-    reference = torch.empty(0) if like is None else like
     return NormState(
         norm="",
         kind="",
         num_features=num_features,
         rule=Rule.always(NOTHING),
-        weight=nn.Parameter(reference.new_ones(num_features)),
-        bias=nn.Parameter(reference.new_zeros(num_features)),
         dim=dim,
         like=like,
     )

@@ -89,7 +89,7 @@ def start_sync_batch_norm(
 def read_sync_batch_norm(module: nn.Module) -> NormState:
     """Read torch's SyncBatchNorm or ours, which remembers the dimension it came from."""
     state = read_batch_norm(module, norm="sync_bn")
-    return replace(state, dim=getattr(module, "dim", None))
+    return replace(state, dim=module.dim if isinstance(module, SyncBatchNorm) else None)
 
 
 ENTRIES = (

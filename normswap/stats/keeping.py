@@ -1,9 +1,7 @@
-"""Leaving a model as it was: modes, random states, running statistics."""
+"""Leaving a model as it was: modes and running statistics."""
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +10,7 @@ from torch import nn
 
 from normswap.graph.modules import find
 
-__all__ = ["kept_modes", "kept_random_state", "preserve_stats"]
+__all__ = ["kept_modes", "preserve_stats"]
 
 
 @contextmanager
@@ -24,22 +22,6 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """On leaving, the generators of torch, Python and (if it is loaded) NumPy are as before."""
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else ()):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
 
 
 @contextmanager

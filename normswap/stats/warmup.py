@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from normswap.errors import OptionError, StatisticsError
 from normswap.graph.site import NormSite
+from normswap.randomness import kept_random_state
 from normswap.stats.accumulate import Accumulator, Average, Batch, Ema, Pooled, precise
 from normswap.stats.choice import choose
 from normswap.stats.distributed import merge_ranks
 from normswap.stats.feed import Forward, batch_size, batches_of, call, moved, unwrapped
-from normswap.stats.keeping import kept_modes, kept_random_state
+from normswap.stats.keeping import kept_modes
 from normswap.stats.measure import UNTOUCHED, measuring
 from normswap.stats.report import Drift, WarmupReport, drift
 from normswap.swap.changes import Changes

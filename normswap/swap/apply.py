@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.errors import StalePlan
 from normswap.norms.base import Norm
 from normswap.norms.furnish import furnish
+from normswap.norms.state import TENSORS
 from normswap.swap.beside import Pending, restore
 from normswap.swap.carry import carry_over
 from normswap.swap.changes import Changes
@@ -21,7 +22,7 @@ from normswap.swap.journal import (
     model_place,
     put_back,
     records,
-    set_skips,
+    remember_skips,
     skips,
 )
 from normswap.swap.step import Step
@@ -35,17 +36,22 @@ class Applied:
 
     Args:
         model: the converted model.
-        steps: each new norm with the record of the one step that put it there.
+        replaced: the norms that were taken out.
         skips_before: what earlier conversions had left, for taking this one back.
     """
 
     model: nn.Module
-    steps: list[tuple[nn.Module, Record]]
+    replaced: list[nn.Module]
     skips_before: dict[str, Skip]
 
 
-def apply_steps(model: nn.Module, steps: Iterable[Step]) -> Applied:
+def apply_steps(model: nn.Module, steps: Iterable[Step], *, scoped: bool = False) -> Applied:
     """Build every new norm, then put them all in place at once.
+
+    Args:
+        model: the model that the steps were planned for.
+        steps: what is to happen.
+        scoped: let the new norms lead back to what stands there now, and no further.
 
     Raises:
         StalePlan: a norm of the plan is no longer where it was.
@@ -55,13 +61,14 @@ def apply_steps(model: nn.Module, steps: Iterable[Step]) -> Applied:
     _refuse_stale(model, converting)
     changes = Changes()
     pending = Pending(changes)
-    made = [_make(step, changes, pending) for step in converting]
+    place = model_place(model)
+    for step in converting:
+        _make(step, changes, pending, place, scoped=scoped)
     before = skips(model)
-    after = _skips_after(before, steps)
+    remember_skips(model, _skips_after(before, steps), changes)
     keep_in_step(model, changes)
-    converted = changes.make(model)
-    set_skips(converted, after)
-    return Applied(converted, made, before)
+    olds = [old for old, _ in changes.modules]
+    return Applied(changes.make(model), olds, before)
 
 
 def _skips_after(before: dict[str, Skip], steps: list[Step]) -> dict[str, Skip]:
@@ -96,9 +103,9 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def undo(applied: Applied) -> nn.Module:
-    """Take back one plan only: the model is as it was before it, conversions included."""
-    present = {id(module) for module in applied.model.modules()}
-    found = [(module, record) for module, record in applied.steps if id(module) in present]
+    """Take back one scoped conversion, and all that came after it, but nothing before it."""
+    olds = {id(old) for old in applied.replaced}
+    found = [pair for pair in records(applied.model).values() if id(pair[1].original) in olds]
     return _take_back(applied.model, found, applied.skips_before)
 
 
@@ -111,12 +118,11 @@ def _take_back(
         put_back(module, record, place, changes)
     restore((kept for _, record in found for kept in record.beside), changes)
     keep_in_step(model, changes)
-    reverted = changes.make(model)
-    set_skips(reverted, left)
-    return reverted
+    remember_skips(model, left, changes)
+    return changes.make(model)
 
 
-def _make(step: Step, changes: Changes, pending: Pending) -> tuple[nn.Module, Record]:
+def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scoped: bool) -> None:
     """Build the new norm of a step, complete but for what it shares with the old one."""
     site, start, state, spec = step.site, step.start, step.state, step.to
     if start is None or state is None or spec is None:
@@ -133,14 +139,23 @@ def _make(step: Step, changes: Changes, pending: Pending) -> tuple[nn.Module, Re
     for name, flag in made.requires_grad.items():
         changes.flags.append((getattr(old, name), flag))
     kept = pending.add(start.beside) if start.beside else ()
-    return new, keep(old, made, spec, start.fidelity, start.note, kept)
+    keep(old, made, spec, start.fidelity, start.note, place, beside=kept, scoped=scoped)
 
 
 def _refuse_stale(model: nn.Module, converting: list[Step]) -> None:
     present = dict(model.named_modules(remove_duplicate=False))
     for step in converting:
-        if present.get(step.site.path) is not step.site.module:
+        if present.get(step.site.path) is not step.site.module or _has_other_tensors(step):
             raise StalePlan(
                 f"{step.site.label} is no longer the module that the plan was made for; "
                 "make a new plan"
             )
+
+
+def _has_other_tensors(step: Step) -> bool:
+    """Whether the norm holds other tensors than those that were read for the plan."""
+    for held in (step.site.module._parameters, step.site.module._buffers):
+        for name in TENSORS:
+            if held.get(name) is not None and held[name] is not getattr(step.state, name):
+                return True
+    return False

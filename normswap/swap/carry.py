@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from normswap.norms.base import Norm
 from normswap.norms.state import TENSORS
 
-__all__ = ["carry_over"]
+__all__ = ["carry_over", "share_hooks"]
 
 _FRESH = vars(nn.Module())
 _HOOKS = tuple(name for name in _FRESH if "hook" in name)
@@ -28,8 +28,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
         new: its replacement, furnished with tensors.
     """
     new.training = old.training
-    for name in _HOOKS:
-        vars(new)[name] = vars(old)[name]
+    share_hooks(old, new)
     left = _settings(type(old).__mro__) | set(TENSORS) | {"parametrizations"}
     left |= set(old.own) if isinstance(old, Norm) else set()
     for held in ("_parameters", "_buffers", "_modules"):
@@ -37,15 +36,20 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
         for name, value in theirs.items():
             if name not in left and name not in ours:
                 ours[name] = value
-                if name in old._non_persistent_buffers_set:
-                    new._non_persistent_buffers_set.add(name)
+    new._non_persistent_buffers_set.update(old._non_persistent_buffers_set & new._buffers.keys())
     for name, value in vars(old).items():
-        if name not in left and name not in _FRESH and name not in vars(new):
+        if name not in left and not hasattr(new, name):
             vars(new)[name] = value
     if parametrize.is_parametrized(old) and any(
         getattr(new, name, None) is not None for name in ("weight", "bias")
     ):
         parametrize.transfer_parametrizations_and_params(old, new)
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let a module have another one's hooks: the very dictionaries, and what is said of them."""
+    for name in _HOOKS:
+        vars(new)[name] = vars(old)[name]
 
 
 @cache

@@ -55,6 +55,8 @@ class Changes:
                 _do(undo, partial(_write, tensor), tensor.detach().clone(), value)
             for tensor, flag in self.flags:
                 _do(undo, tensor.requires_grad_, tensor.requires_grad, flag)
+                if not flag:  # or an optimizer would still move what is to be held
+                    _do(undo, partial(setattr, tensor, "grad"), tensor.grad, None)
             for module, name, parameter in self.parameters:
                 held = module._parameters
                 _do(undo, partial(held.__setitem__, name), held[name], parameter)

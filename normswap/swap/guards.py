@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normswap.errors import UnsupportedModel
-from normswap.graph.modules import quantized, uninitialised
+from normswap.graph.modules import require_module
 from normswap.graph.site import NormSite
 
 __all__ = ["refuse_unready", "refuse_unsupported"]
@@ -21,16 +21,13 @@ _WRAPPERS = (
 )
 
 
-def refuse_unsupported(model: object) -> None:
+def refuse_unsupported(model: nn.Module) -> None:
     """Raise if the model is scripted, wrapped for ranks, or compiled, anywhere.
 
     Raises:
         UnsupportedModel: naming the place and what to do first.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModel(
-            f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
-        )
+    require_module(model)
     wrappers = _loaded_wrappers()
     for path, module in model.named_modules():
         problem = _problem(module, wrappers)
@@ -64,7 +61,7 @@ def refuse_unready(site: NormSite) -> None:
     Raises:
         UnsupportedModel: naming the site and what to do first.
     """
-    if uninitialised(site.module) or quantized(site.module):
+    if site.unready:
         raise UnsupportedModel(f"{site.label}: {site.obstacle}")
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from normswap.graph.modules import require_module
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.furnish import Furnished
 from normswap.norms.spec import Target
 from normswap.swap.beside import Kept
-from normswap.swap.changes import Changes
+from normswap.swap.carry import share_hooks
+from normswap.swap.changes import ABSENT, Changes
 
 __all__ = [
     "Record",
@@ -22,7 +24,7 @@ __all__ = [
     "put_back",
     "record_of",
     "records",
-    "set_skips",
+    "remember_skips",
     "skips",
 ]
 
@@ -45,7 +47,7 @@ class Record:
         carried: names of tensors that are still the original's own.
         saved: values that a start rewrote, by the tensor's name, as they were.
         flags: ``requires_grad`` of tensors that a start froze, by name, as it was.
-        dtype: floating-point type of the norm when it was put in place, if it had tensors.
+        dtype: floating-point type of the norm, or of the model, when it was put in place.
         beside: parameters of neighbouring layers that a start rewrote, as they were.
     """
 
@@ -56,7 +58,7 @@ class Record:
     carried: frozenset[str]
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     flags: Mapping[str, bool] = field(default_factory=dict)
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32
     beside: tuple[Kept, ...] = ()
 
 
@@ -76,6 +78,7 @@ def record_of(module: nn.Module) -> Record | None:
 
 def records(model: nn.Module) -> dict[str, tuple[nn.Module, Record]]:
     """Every norm that a conversion put into a model, with its record, by path."""
+    require_module(model)
     found = ((path, module, record_of(module)) for path, module in model.named_modules())
     return {path: (module, record) for path, module, record in found if record is not None}
 
@@ -85,12 +88,11 @@ def skips(model: nn.Module) -> dict[str, Skip]:
     return dict(vars(model).get(_SKIPS, {}))
 
 
-def set_skips(model: nn.Module, left: Mapping[str, Skip]) -> None:
-    """Remember what was left, or forget it when nothing was."""
-    if left:
-        vars(model)[_SKIPS] = dict(left)
-    else:
-        vars(model).pop(_SKIPS, None)
+def remember_skips(model: nn.Module, left: Mapping[str, Skip], changes: Changes) -> None:
+    """Add to ``changes`` that a model remembers what was left, or forgets it if nothing was."""
+    root = next((new for old, new in changes.modules if old is model), model)
+    if left or _SKIPS in vars(root):
+        changes.attributes.append((root, _SKIPS, dict(left) if left else ABSENT))
 
 
 def keep(
@@ -99,7 +101,10 @@ def keep(
     spec: Target,
     fidelity: Fidelity,
     note: str,
+    place: Tensor,
+    *,
     beside: tuple[Kept, ...] = (),
+    scoped: bool = False,
 ) -> Record:
     """Write the record of a new norm onto it; a chain of conversions leads to the first original.
 
@@ -109,12 +114,13 @@ def keep(
         spec: what it was asked to be.
         fidelity: how faithfully it starts.
         note: what is worth saying about it.
+        place: a tensor of the model, for the precision of a norm that has none of its own.
         beside: parameters of neighbouring layers that it rewrites, as they are.
+        scoped: let it lead back to ``old`` only, whatever was before that.
 
     Returns:
         The record of this one step, whose original is ``old``.
     """
-    anchor = _anchor(made.module)
     step = Record(
         original=old,
         spec=spec,
@@ -127,11 +133,14 @@ def keep(
             for name, flag in made.requires_grad.items()
             if _tensor(old, name).requires_grad != flag
         },
-        dtype=None if anchor is None else anchor.dtype,
+        dtype=_anchor(made.module, place).dtype,
         beside=beside,
     )
     earlier = record_of(old)
-    vars(made.module)[_RECORD] = step if earlier is None else _chain(earlier, step, made)
+    if earlier is None or scoped:
+        vars(made.module)[_RECORD] = step
+    else:
+        vars(made.module)[_RECORD] = _chain(earlier, step, made)
     return step
 
 
@@ -164,17 +173,16 @@ def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes
     """
     original = record.original
     _hand_over(original, current, record.carried)
-    anchor = _anchor(current)
-    if anchor is None:
-        _follow(original, place.device, None, skip=record.carried)
-    else:
-        dtype = None if anchor.dtype == record.dtype else anchor.dtype
-        _follow(original, anchor.device, dtype, skip=record.carried)
+    anchor = _anchor(current, place)
+    dtype = None if anchor.dtype == record.dtype else anchor.dtype
+    _follow(original, anchor.device, dtype, skip=record.carried)
     original.training = current.training
+    share_hooks(current, original)
     changes.modules.append((current, original))
     for name, value in record.saved.items():
         tensor = _tensor(original, name)
-        changes.writes.append((tensor, value.to(tensor)))
+        if not value.is_meta or tensor.is_meta:  # a model that was without weights has some now
+            changes.writes.append((tensor, value.to(tensor)))
     for name, flag in record.flags.items():
         changes.flags.append((_tensor(original, name), flag))
 
@@ -185,10 +193,10 @@ def model_place(model: nn.Module) -> Tensor:
     return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
 
-def _anchor(module: nn.Module) -> Tensor | None:
-    """A tensor of the norm that tells where it is, and in which precision."""
+def _anchor(module: nn.Module, place: Tensor) -> Tensor:
+    """A tensor that tells where a norm is and in which precision: its own, or the model's."""
     tensors = (*module.parameters(), *module.buffers())
-    return next((t for t in tensors if t.is_floating_point()), None)
+    return next((t for t in tensors if t.is_floating_point()), place)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
@@ -221,10 +229,17 @@ def _follow(
 
     def moved(tensor: Tensor) -> Tensor:
         to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if tensor.is_meta and device.type != "meta":
+            return torch.empty_like(tensor, dtype=to, device=device)
         return tensor.detach().to(device=device, dtype=to)
 
     for name, parameter in module._parameters.items():
-        if parameter is not None and name not in skip:
+        if parameter is None or name in skip:
+            continue
+        if parameter.is_meta and device.type != "meta":  # such data cannot be set
+            flag = parameter.requires_grad
+            module._parameters[name] = nn.Parameter(moved(parameter), requires_grad=flag)
+        else:
             parameter.data = moved(parameter)
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in skip:

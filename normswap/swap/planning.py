@@ -131,12 +131,11 @@ def _decide(
             return None, "not in where="
         return asked.of(view, where)
 
-    target, reason = decide(site)
-    if target is None and was is not site:
-        earlier, _ = decide(was)
-        if earlier is not None and earlier.settled(site.state).describes(site.state):
-            return earlier, ""
-    return target, reason
+    if was is not site:
+        target, _ = decide(was)
+        if target is not None and target.settled(site.state).describes(site.state):
+            return target, ""
+    return decide(site)
 
 
 def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundings) -> Step:
@@ -148,7 +147,11 @@ def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundin
         if target.describes(site.state):
             return Step(site, "already", target)
         state = surroundings.inform(site, target.needs)
-        start = _checked(site, state, target.start(state, carry=carry))
+        start = target.start(state, carry=carry)
+        if start.fidelity is Fidelity.MATCHED and surroundings.shares_affine(state):
+            note = "its affine is another layer's too, so it is copied"
+            start = replace(target.start(state, carry="copy"), note=note)
+        start = _checked(site, state, start)
     except CannotConvert as error:
         return Step(site, "skip", target, reason=str(error))
     except OptionError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.errors import RecipeError
-from normswap.swap.apply import Applied, apply_steps, undo
+from normswap.swap.apply import apply_steps, undo
 from normswap.swap.recipe import recipe, recipe_plan
 
 __all__ = ["load", "save"]
@@ -75,7 +75,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     for name, kept in json.loads(metadata.get(_ALIASES, "{}")).items():
         tensors[name] = tensors[kept]
     planned = recipe_plan(model, json.loads(metadata[_KEY]), carry="copy")
-    applied = Applied(model, [], {}) if planned is None else apply_steps(model, planned)
+    applied = apply_steps(model, planned or (), scoped=True)
     misfit = _misfit(applied.model, tensors)
     if misfit:
         undo(applied)

@@ -10,10 +10,11 @@ from functools import cached_property
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from normswap.graph.modules import read_site
 from normswap.graph.site import NormSite
 from normswap.norms.beside import Neighbour
 from normswap.norms.state import NormState
-from normswap.swap.journal import model_place
+from normswap.swap.journal import model_place, record_of
 
 __all__ = ["Surroundings"]
 
@@ -39,12 +40,25 @@ class Surroundings:
             state = replace(state, producer=before, consumer=after)
         return state
 
+    def shares_affine(self, state: NormState) -> bool:
+        """Whether another layer has the same weight or bias, which no start may rewrite for it."""
+        return any(self._owners[id(tensor)] > 1 for tensor in (state.weight, state.bias))
+
     def _dimension(self, site: NormSite) -> int | None:
-        """How many dimensions follow the channels, by example inputs or the convolution before."""
+        """How many dimensions follow the channels.
+
+        The first original's class tells, or example inputs, or the convolutions before.
+        """
+        record = record_of(site.module)
+        known = read_site(record.original, site.path).state.dim if record else None
+        if known is not None:
+            return known
         if site.input_shape is not None:
             return max(len(site.input_shape) - 2, 1)
-        producer = self._model.get_submodule(site.producer) if site.producer else None
-        return len(producer.kernel_size) if isinstance(producer, _ConvNd) else None
+        before = site.around.producers if site.around else ()
+        layers = [self._model.get_submodule(path) for path in before]
+        sizes = {len(layer.kernel_size) for layer in layers if isinstance(layer, _ConvNd)}
+        return sizes.pop() if len(sizes) == 1 else None
 
     def _producer(self, site: NormSite) -> Neighbour:
         around = site.around
