@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,7 +61,13 @@ class Neighbourhood:
 
     def of(self, path: str) -> Neighbours | None:
         """The surroundings of the norm at a path, or ``None`` where no graph shows it."""
-        return self._norms.get(path)
+        blind = any(path == part or path.startswith(part + ".") or not part for part in self.blind)
+        return self._norms.get(path, None if blind else Neighbours())
+
+    @property
+    def blind(self) -> dict[str, str]:
+        """Why, by path, for modules whose forward could not be followed."""
+        return self.trace.blind
 
     def calls(self, module: nn.Module) -> int:
         """How often one forward calls a module, as far as the graphs tell."""
@@ -78,13 +85,18 @@ class Neighbourhood:
 
     @cached_property
     def _seen(self) -> list[tuple[torch.fx.Node, str]]:
-        """Every call of a module, with the prefix of the graph that it is in."""
-        return [
-            (node, fragment.prefix)
-            for fragment in self.trace.fragments
-            for node in fragment.graph.nodes
-            if node.op == "call_module"
-        ]
+        """Every call of a module in order, with the prefix of the graph that it is in."""
+        return list(self._calls_in(None))
+
+    def _calls_in(self, host: str | None) -> Iterator[tuple[torch.fx.Node, str]]:
+        """The calls in the graphs of a host, with those of what it calls in their places."""
+        for fragment in self.trace.fragments:
+            if fragment.host != host:
+                continue
+            for node in fragment.graph.nodes:
+                if node.op == "call_module":
+                    yield node, fragment.prefix
+                    yield from self._calls_in(fragment.prefix + str(node.target))
 
     @cached_property
     def _norms(self) -> dict[str, Neighbours]:
@@ -127,17 +139,22 @@ def _producer(
 ) -> tuple[str | None, bool]:
     """The layer that feeds a call, through identities, and whether it feeds nothing else."""
     alone = True
-    source = node.args[0] if node.args else None
+    source = _first_input(node)
     while isinstance(source, torch.fx.Node) and source.op == "call_module":
         alone = alone and len(source.users) == 1
         path = prefix + str(source.target)
         module = modules.get(path)
         if isinstance(module, _LINEAR):
             return path, alone
-        if not isinstance(module, nn.Identity) or not source.args:
+        if not isinstance(module, nn.Identity):
             break
-        source = source.args[0]
+        source = _first_input(source)
     return None, False
+
+
+def _first_input(node: torch.fx.Node) -> object:
+    """What a module is called with first, by position or by keyword."""
+    return next(iter((*node.args, *node.kwargs.values())), None)
 
 
 def _reader(

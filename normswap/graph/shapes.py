@@ -35,14 +35,15 @@ def observe_shapes(
     copied = structure_copy(model).eval()
 
     def watch(path: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                seen[path].append(tuple(args[0].shape))
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = next(iter((*args, *kwargs.values())), None)
+            if isinstance(first, Tensor):
+                seen[path].append(tuple(first.shape))
 
         return note
 
     for path in seen:
-        copied.get_submodule(path).register_forward_pre_hook(watch(path))
+        copied.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True)
     with torch.no_grad(), kept_random_state():
         if isinstance(example_inputs, Mapping):
             copied(**example_inputs)

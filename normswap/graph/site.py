@@ -68,6 +68,12 @@ class NormSite:
         return self._around.calls if self._around else None
 
     @property
+    def certainly_once(self) -> bool:
+        """Whether every forward calls it exactly once, as one graph of the whole model shows."""
+        known = self._neighbourhood is not None and not self._neighbourhood.blind
+        return known and self.calls == 1
+
+    @property
     def activation(self) -> str | None:
         """The activation that is fused into it or alone reads its output: a path or a name."""
         for name in reversed(self.state.tail):
@@ -122,7 +128,7 @@ class Sites(Listing[NormSite]):
     @property
     def blind(self) -> dict[str, str]:
         """Why, by path, for modules that tracing could not follow; traces at the first call."""
-        return dict(self._neighbourhood.trace.blind)
+        return dict(self._neighbourhood.blind)
 
     def counts(self) -> dict[str, int]:
         """How many there are of each kind."""

@@ -36,10 +36,13 @@ class Fragment:
     Args:
         prefix: path of the part in the model, with a trailing dot; empty for the whole model.
         graph: its graph, for looking, not for running.
+        host: path of the module that is one node in another graph, and has this part in it;
+            ``None`` if there is no such graph.
     """
 
     prefix: str
     graph: torch.fx.Graph
+    host: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,30 +71,32 @@ def trace(model: nn.Module) -> Trace:
         return Trace([], {"": f"it cannot be copied for tracing: {_brief(error)}"})
     result = Trace([])
     with kept_random_state():
-        _trace_part(copied, "", result)
+        _trace_part(copied, "", None, result)
     return result
 
 
-def _trace_part(part: nn.Module, prefix: str, result: Trace) -> None:
+def _trace_part(part: nn.Module, prefix: str, host: str | None, result: Trace) -> None:
     """Trace a part; of what fails in it, trace the children, each as a part of its own."""
     if type(part).forward is nn.Module.forward:  # a ModuleList or ModuleDict
-        return _trace_children(part, prefix, result)
+        return _trace_children(part, prefix, host, result)
     tracer = _AdaptiveTracer()
     try:
         graph = tracer.trace(part, concrete_args=_defaults(part))
     except Exception as error:
         result.blind[prefix.rstrip(".")] = _brief(error)
-        return _trace_children(part, prefix, result)
-    result.fragments.append(Fragment(prefix, graph))
+        return _trace_children(part, prefix, host, result)
+    result.fragments.append(Fragment(prefix, graph, host))
     for path, reason in tracer.failed.items():
+        if any(path.startswith(f"{other}.") for other in tracer.failed):
+            continue  # seen again when the children of the other are traced
         result.blind[prefix + path] = reason
-        _trace_children(part.get_submodule(path), f"{prefix}{path}.", result)
+        _trace_children(part.get_submodule(path), f"{prefix}{path}.", prefix + path, result)
 
 
-def _trace_children(part: nn.Module, prefix: str, result: Trace) -> None:
+def _trace_children(part: nn.Module, prefix: str, host: str | None, result: Trace) -> None:
     for name, child in part.named_children():
         if child._modules and reader(type(child)) is None:
-            _trace_part(child, f"{prefix}{name}.", result)
+            _trace_part(child, f"{prefix}{name}.", host, result)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:

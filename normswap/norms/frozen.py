@@ -123,9 +123,8 @@ def start_frozen_batch_norm(
             dim=state.dim,
         )
         module.trainable = {
-            name: tensor.requires_grad
+            name: tensor is None or tensor.requires_grad
             for name, tensor in (("weight", state.weight), ("bias", state.bias))
-            if tensor is not None
         }
         return place(module, state)
 

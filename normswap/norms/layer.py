@@ -38,6 +38,11 @@ class LayerNorm(Norm, nn.LayerNorm):
     channel_dim = -1
     native_dim = -1
 
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize x (..., C) per position."""
+        self.refuse_single_value(x.shape[-1])
+        return super().normalize(x)
+
 
 class LayerNorm2d(LayerNorm):
     """LayerNorm over C at each position of a channels-first map (N, C, ...)."""

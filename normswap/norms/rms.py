@@ -44,6 +44,7 @@ class RMSNorm(Norm, nn.RMSNorm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (..., C) per position."""
+        self.refuse_single_value(x.shape[-1])
         y = super().normalize(x)
         return y if self.bias is None else y + self.bias
 
@@ -100,8 +101,9 @@ def start_rms_norm(
     size, new_eps = state.num_features, state.eps if eps is None else eps
     tokens = state.channel_dim != 1
     # torch's own has no offset: it will do where the source has none to carry or to make.
-    makes_offset = state.bias is not None or state.tracks or (affine and state.weight is None)
-    plain = tokens and not state.tail and not makes_offset
+    gains_affine = not state.affine and (affine or not state.kind or state.kind == "identity")
+    takes_offset = state.bias is not None or state.tracks or gains_affine
+    plain = tokens and not state.tail and not takes_offset
 
     def shell() -> nn.Module:
         if plain:

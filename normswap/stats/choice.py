@@ -69,6 +69,8 @@ def _updates(site: NormSite) -> bool:
 def _reason_to_leave(site: NormSite, *, training: bool) -> str:
     if not _updates(site):
         return "frozen by its class"
+    if not getattr(site.module, "track_running_stats", True):
+        return "frozen by track_running_stats=False"
     if site.state.momentum == 0:
         return "frozen by momentum=0"
     if training and not site.module.training:

@@ -38,13 +38,18 @@ def preserve_stats(model: nn.Module) -> Iterator[nn.Module]:
         The model.
     """
     kept = [
-        (buffer, buffer.detach().clone())
+        (site.module._buffers, name, buffer, buffer.detach().clone())
         for site in find(model)
-        for buffer in site.module.buffers()
+        for name, buffer in site.module._buffers.items()
+        if buffer is not None
     ]
     try:
         yield model
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+            for held, name, buffer, value in kept:
+                # A move to another device or precision puts other tensors in their place.
+                now = held.get(name)
+                (buffer if now is None else now).copy_(value)
+                if now is None:
+                    held[name] = buffer

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.graph.site import NormSite
 from normswap.norms.batch import SynchronizedBatchNorm
-from normswap.norms.sync import ranks
 from normswap.stats.accumulate import Batch, precise
 
 __all__ = ["UNTOUCHED", "Receive", "measuring"]
@@ -82,7 +82,7 @@ class _Meter:
         module.momentum = 1.0
         vars(module).update(self.local)
         self.handles = [
-            module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, with_kwargs=True, prepend=True),
         ]
 
@@ -133,7 +133,7 @@ class _Meter:
 def _local_attributes(site: NormSite) -> dict[str, Any]:
     """What has to be set on the instance so that ranks do not wait for each other in forward."""
     module = site.module
-    if ranks(None) == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return {}
     if isinstance(module, SynchronizedBatchNorm):
         return {"sync": False}

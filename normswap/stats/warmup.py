@@ -87,7 +87,10 @@ def warmup(
         raise OptionError(f'on_nonfinite={on_nonfinite!r} is neither "raise" nor "skip"')
     inner = unwrapped(model)
     sites, left = choose(inner, where)
-    collector = _Collector(sites, method)
+    # Where the graph shows each norm called exactly once, nothing comes after the last of them.
+    # Where it does not, batches may take different ways, and forwards run to the end.
+    once = forward is None and all(site.certainly_once for site in sites)
+    collector = _Collector(sites, method, may_end_early=once)
     started = time.perf_counter()
     place = torch.device(device) if device is not None else _device_of(inner)
     counts = {"batches": 0, "samples": 0, "skipped": 0}
@@ -125,14 +128,13 @@ class _LastNormReached(BaseException):
 class _Collector:
     """Gathers what the norms measure, and lets it count once the batch proves sound."""
 
-    def __init__(self, sites: list[NormSite], method: Method) -> None:
+    def __init__(self, sites: list[NormSite], method: Method, *, may_end_early: bool) -> None:
         self.accumulators = {site.path: _accumulator(site, method) for site in sites}
         self._pending: list[tuple[NormSite, Batch]] = []
-        # A forward that calls every norm exactly once is cut after the last one. Where some are
-        # called more often or not at all, another batch may differ, and forwards run to the end.
-        self._may_end_early = False
+        self._may_end_early = may_end_early
 
     def receive(self, site: NormSite, batch: Batch) -> None:
+        """Take what one call measured; end the forward if it was the last."""
         self._pending.append((site, batch))
         if self._may_end_early and len(self._pending) == len(self.accumulators):
             raise _LastNormReached
@@ -140,9 +142,6 @@ class _Collector:
     def close_batch(self, index: int, *, skip: bool) -> bool:
         """Take in what the batch brought; return whether it counts."""
         pending, self._pending = self._pending, []
-        if index == 0:
-            reached = [site.path for site, _ in pending]
-            self._may_end_early = sorted(reached) == sorted(self.accumulators)
         if not pending:
             return True
         measured = torch.cat([torch.cat([batch.mean, batch.var]) for _, batch in pending])

@@ -7,6 +7,8 @@ swapped, and on again once they are back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from normswap.swap.changes import ABSENT, Changes
@@ -14,8 +16,12 @@ from normswap.swap.journal import record_of
 
 __all__ = ["keep_in_step"]
 
-#: The one attribute that serves the fast path only; false values switch it off.
-_SWITCH = "activation_relu_or_gelu"
+#: By class, the one attribute that serves the fast path only; a false value switches it off.
+#: The encoder packs padded tokens for its layers before any of them is asked.
+_SWITCHES = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
 _KEPT = "_normswap_fast_path"
 
 
@@ -27,14 +33,22 @@ def keep_in_step(model: nn.Module, changes: Changes) -> None:
         changes: its replacements, complete.
     """
     replacement = {id(old): new for old, new in changes.modules}
-    for layer in model.modules():
-        if not isinstance(layer, nn.TransformerEncoderLayer):
+    for module in model.modules():
+        switch = next((name for cls, name in _SWITCHES.items() if isinstance(module, cls)), None)
+        if switch is None:
             continue
-        norms = [replacement.get(id(norm), norm) for norm in (layer.norm1, layer.norm2)]
+        norms = (replacement.get(id(part), part) for part in _norms_of_layers(module))
         swapped = any(record_of(norm) is not None for norm in norms)
-        if swapped and _KEPT not in vars(layer):
-            changes.attributes.append((layer, _KEPT, getattr(layer, _SWITCH)))
-            changes.attributes.append((layer, _SWITCH, 0))
-        elif not swapped and _KEPT in vars(layer):
-            changes.attributes.append((layer, _SWITCH, vars(layer)[_KEPT]))
-            changes.attributes.append((layer, _KEPT, ABSENT))
+        if swapped and _KEPT not in vars(module):
+            changes.attributes.append((module, _KEPT, getattr(module, switch)))
+            changes.attributes.append((module, switch, False))
+        elif not swapped and _KEPT in vars(module):
+            changes.attributes.append((module, switch, vars(module)[_KEPT]))
+            changes.attributes.append((module, _KEPT, ABSENT))
+
+
+def _norms_of_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The norms that the fast path reads, of one encoder layer or of all in an encoder."""
+    for layer in module.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            yield from (layer.norm1, layer.norm2)
