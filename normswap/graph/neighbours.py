@@ -73,6 +73,19 @@ class Neighbourhood:
         """How often one forward calls a module, as far as the graphs tell."""
         return self._calls[id(module)]
 
+    def reads(self, path: str) -> bool:
+        """Whether a forward reads tensors of the module at a path without calling it."""
+        return path in self._read
+
+    @cached_property
+    def _read(self) -> set[str]:
+        return {
+            (fragment.prefix + str(node.target)).rpartition(".")[0]
+            for fragment in self.trace.fragments
+            for node in fragment.graph.nodes
+            if node.op == "get_attr"
+        }
+
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
         return dict(self._model.named_modules(remove_duplicate=False))

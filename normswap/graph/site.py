@@ -95,6 +95,10 @@ class NormSite:
         """How often one forward calls another module of the model, as far as graphs tell."""
         return self._neighbourhood.calls(module) if self._neighbourhood else 0
 
+    def read_elsewhere(self, path: str) -> bool:
+        """Whether a forward reads tensors of another module of the model without calling it."""
+        return self._neighbourhood is not None and self._neighbourhood.reads(path)
+
     @property
     def order(self) -> int | None:
         """Its place in the order of calls; ``None`` where no graph shows it."""

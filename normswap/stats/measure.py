@@ -83,7 +83,7 @@ class _Meter:
         vars(module).update(self.local)
         self.handles = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
-            module.register_forward_hook(self._after, with_kwargs=True, prepend=True),
+            module.register_forward_hook(self._after, with_kwargs=True),
         ]
 
     def detach(self) -> None:

@@ -66,9 +66,12 @@ class Surroundings:
             return Neighbour(problem="no graph shows what feeds it")
         if around.producer is None:
             return Neighbour(problem="no convolution or linear feeds it directly")
-        problem = (
-            "" if around.feeds_alone else f"something else reads the output of {site.producer}"
-        )
+        module = self._model.get_submodule(around.producer)
+        problem = ""
+        if module._forward_hooks or site.module._forward_pre_hooks:
+            problem = f"a hook stands between it and {around.producer}"
+        elif not around.feeds_alone:
+            problem = f"something else reads the output of {around.producer}"
         return self._neighbour(site, around.producer, problem)
 
     def _consumer(self, site: NormSite) -> Neighbour:
@@ -77,7 +80,10 @@ class Surroundings:
             return Neighbour(problem="no graph shows what reads it")
         if around.consumer is None:
             return Neighbour(problem="no convolution or linear alone reads it directly")
-        return self._neighbour(site, around.consumer, "")
+        module = self._model.get_submodule(around.consumer)
+        hooked = module._forward_pre_hooks or site.module._forward_hooks
+        problem = f"a hook stands between it and {around.consumer}" if hooked else ""
+        return self._neighbour(site, around.consumer, problem)
 
     def _neighbour(self, site: NormSite, path: str, problem: str) -> Neighbour:
         module = self._model.get_submodule(path)
@@ -86,6 +92,8 @@ class Surroundings:
             problem = f"the norm is called {site.around.calls} times"
         elif calls != 1:
             problem = f"{path} is called {calls} times"
+        elif site.read_elsewhere(path):
+            problem = f"a forward reads the weight of {path} by itself"
         elif any(self._owners[id(p)] > 1 for p in module.parameters(recurse=False)):
             problem = f"the weight of {path} is shared with another layer"
         return Neighbour(path, module, problem)

@@ -1,0 +1,143 @@
+"""The norms' formulas as their papers give them, in plain tensor arithmetic.
+
+Nothing here uses ``torch.nn`` norms or the package under test. Inputs are (N, C, ...) unless said
+otherwise, variances are biased where they divide and unbiased where they are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Running:
+    """Running statistics (C,), and how many batches they have seen."""
+
+    mean: Tensor
+    var: Tensor
+    batches: int = 0
+
+    @classmethod
+    def fresh(cls, num_features: int) -> Running:
+        """Mean 0 and variance 1, in double precision."""
+        return cls(
+            torch.zeros(num_features, dtype=torch.float64),
+            torch.ones(num_features, dtype=torch.float64),
+        )
+
+    def update(self, mean: Tensor, unbiased_var: Tensor, momentum: float | None) -> None:
+        """new = (1 - a)·old + a·batch, where momentum ``None`` is a = 1/(batches seen)."""
+        self.batches += 1
+        weight = 1 / self.batches if momentum is None else momentum
+        self.mean = (1 - weight) * self.mean + weight * mean.detach()
+        self.var = (1 - weight) * self.var + weight * unbiased_var.detach()
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Running | None = None,
+    *,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Ioffe and Szegedy 2015, train mode: over samples and positions, per channel."""
+    dims = (0, *_positions(x))
+    mean, var = _moments(x, dims)
+    if running is not None:
+        values = x.numel() // x.shape[1]
+        running.update(mean.flatten(), var.flatten() * values / (values - 1), momentum)
+    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
+def fixed_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running: Running, *, eps: float = 1e-5
+) -> Tensor:
+    """Batch normalization in eval mode, or frozen: by the running statistics."""
+    mean, var = _per_channel(running.mean, x), _per_channel(running.var, x)
+    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, eps: float = 1e-5
+) -> Tensor:
+    """Wu and He 2018: over a sample's positions and a group of consecutive channels."""
+    grouped = x.reshape(x.shape[0], groups, -1)
+    mean, var = _moments(grouped, (2,))
+    return _scaled(((grouped - mean) / (var + eps) ** 0.5).reshape(x.shape), weight, bias)
+
+
+def instance_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Running | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Ulyanov et al. 2016: over a sample's positions, per channel."""
+    mean, var = _moments(x, _positions(x))
+    if running is not None:
+        positions = x[0, 0].numel()
+        unbiased = var * positions / (positions - 1)
+        running.update(mean.mean(0).flatten(), unbiased.mean(0).flatten(), momentum)
+    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
+def layer_norm_of_maps(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Ba et al. 2016 on a feature map: over all channels and positions of a sample."""
+    mean, var = _moments(x, tuple(range(1, x.ndim)))
+    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
+def layer_norm_of_positions(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """Liu et al. 2022: over the channels at each position."""
+    mean, var = _moments(x, (1,))
+    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
+def rms_norm_of_maps(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Zhang and Sennrich 2019 on a feature map: over all channels and positions of a sample."""
+    square, _ = _moments(x**2, tuple(range(1, x.ndim)))
+    return _scaled(x / (square + eps) ** 0.5, weight, bias)
+
+
+def rms_norm_of_positions(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Zhang and Sennrich 2019: over the channels at each position."""
+    square, _ = _moments(x**2, (1,))
+    return _scaled(x / (square + eps) ** 0.5, weight, bias)
+
+
+def mean_and_unbiased_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a batch norm keeps of all its data (N, C, ...), per channel."""
+    mean, var = _moments(x, (0, *_positions(x)))
+    values = x.numel() // x.shape[1]
+    return mean.flatten(), var.flatten() * values / (values - 1)
+
+
+def _positions(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.ndim))
+
+
+def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over some dimensions, which stay as ones."""
+    values = 1
+    for dim in dims:
+        values *= x.shape[dim]
+    mean = x.sum(dims, keepdim=True) / values
+    return mean, ((x - mean) ** 2).sum(dims, keepdim=True) / values
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(1, -1, *[1] * (x.ndim - 2))
+
+
+def _scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x * _per_channel(weight, x) + _per_channel(bias, x)

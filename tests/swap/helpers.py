@@ -1,0 +1,346 @@
+"""Small models with every kind of norm, and exact comparison of a model with what it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+import normswap
+
+CHANNELS = 8
+
+#: Every norm of the registry that takes BatchNorms by default, but for `fold`, which is no layer.
+TARGETS = [
+    entry.name
+    for entry in normswap.list_norms()
+    if "batch_norm" in entry.sources and "neighbours" not in entry.needs
+]
+
+
+# -- models -----------------------------------------------------------------------------------
+
+
+class MapNet(nn.Module):
+    """Two convolutions, each with a norm on its channels-first map."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.norm1 = make()
+        self.act = nn.ReLU()
+        self.conv2 = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        self.norm2 = make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+
+    @staticmethod
+    def example(seed: int = 0) -> Tensor:
+        return numbers(4, 3, 6, 5, seed=seed)
+
+
+class TokenNet(nn.Module):
+    """Two linears, each with a norm on tokens whose channels come last."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(3, CHANNELS)
+        self.norm1 = make()
+        self.act = nn.GELU()
+        self.linear2 = nn.Linear(CHANNELS, CHANNELS)
+        self.norm2 = make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.linear2(self.act(self.norm1(self.linear1(x)))))
+
+    @staticmethod
+    def example(seed: int = 0) -> Tensor:
+        return numbers(4, 7, 3, seed=seed)
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+class NormReLU(nn.BatchNorm2d):
+    """A subclass whose forward does more than its base's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of norm that a model may have.
+
+    ``norm`` is its registry name, ``tensors`` are the names of what it keeps.
+    """
+
+    norm: str
+    make: Callable[[], nn.Module]
+    net: type[MapNet] | type[TokenNet] = MapNet
+    tensors: tuple[str, ...] = ()
+
+    @property
+    def tracks(self) -> bool:
+        """Whether it keeps running statistics."""
+        return "running_mean" in self.tensors
+
+    def model(self, seed: int = 0) -> Any:
+        """A net with this norm, in training mode, with parameters and statistics all different."""
+        return filled(self.net(self.make), seed)
+
+
+#: Norms that keep running statistics, and evaluate with them.
+TRACKING = ("bn", "sync_bn", "frozen_bn")
+
+_TORCH = {
+    "BatchNorm2d": Source("bn", lambda: nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.2)),
+    "BatchNorm2d-plain": Source("bn", lambda: nn.BatchNorm2d(CHANNELS, affine=False)),
+    "SyncBatchNorm": Source("sync_bn", lambda: nn.SyncBatchNorm(CHANNELS, eps=1e-3, momentum=0.2)),
+    "GroupNorm": Source("gn", lambda: nn.GroupNorm(2, CHANNELS, eps=1e-3)),
+    "InstanceNorm2d": Source(
+        "in", lambda: nn.InstanceNorm2d(CHANNELS, affine=True, track_running_stats=True)
+    ),
+    "LayerNorm": Source("ln", lambda: nn.LayerNorm(CHANNELS, eps=1e-3), TokenNet),
+    "LayerNorm-plain": Source(
+        "ln", lambda: nn.LayerNorm(CHANNELS, elementwise_affine=False), TokenNet
+    ),
+    "RMSNorm": Source("rms", lambda: nn.RMSNorm(CHANNELS, eps=1e-3), TokenNet),
+}
+
+
+def _built(name: str) -> Source:
+    return Source(name, lambda: normswap.build(name, CHANNELS))
+
+
+def _complete(source: Source) -> Source:
+    """Fill in what tensors the norm has."""
+    return replace(source, tensors=tuple(source.make().state_dict()))
+
+
+#: torch's norms, and every norm of the registry as `normswap.build` makes it; a built BatchNorm
+#: is torch's.
+SOURCES = {
+    name: _complete(source)
+    for name, source in (_TORCH | {name: _built(name) for name in TARGETS if name != "bn"}).items()
+}
+
+
+def convertible(source: Source, target: str) -> bool:
+    """Whether the swap can be made: only what has no statistics cannot be frozen at them."""
+    return target != "frozen_bn" or source.tracks
+
+
+def pairs(
+    keep: Callable[[Source, str], bool] = convertible, sources: Iterable[str] = SOURCES
+) -> list[Any]:
+    """Every (source, target) that ``keep`` accepts, for ``pytest.mark.parametrize``."""
+    return [
+        pytest.param(SOURCES[name], target, id=f"{name}-to-{target}")
+        for name in sources
+        for target in TARGETS
+        if convertible(SOURCES[name], target) and keep(SOURCES[name], target)
+    ]
+
+
+#: Sources that differ most: for what depends on the source but little, or takes long.
+FEW = ("BatchNorm2d", "frozen_bn", "LayerNorm")
+
+
+def matched(source: Source, target: str) -> bool:
+    """Whether a match rewrites weight and bias: statistics pooled otherwise than by channel."""
+    return source.tracks and target not in (*TRACKING, "in", "identity")
+
+
+def changing(source: Source, target: str) -> bool:
+    """Whether the swap does anything: a norm is not swapped for itself."""
+    return source.norm != target
+
+
+def batch_net(*tail: nn.Module, dim: int = 2, **settings: Any) -> nn.Sequential:
+    """A convolution and its BatchNorm, filled, and whatever is to follow."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dim - 1]
+    return filled(nn.Sequential(conv(3, CHANNELS, 1), norm(CHANNELS, **settings), *tail))
+
+
+def image(*, batch: int = 4, size: int = 6, seed: int = 0) -> Tensor:
+    """An input for `batch_net`."""
+    return numbers(batch, 3, size, size, seed=seed)
+
+
+# -- numbers ----------------------------------------------------------------------------------
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same at every run, whatever the global generator has done."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def filled(model: nn.Module, seed: int = 0) -> Any:
+    """Make all parameters and statistics different from each other and from their defaults."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5 + 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) * 3 + 0.4)
+            elif name.endswith("num_batches_tracked"):
+                buffer.fill_(7)
+    return model
+
+
+def outputs(model: nn.Module, *inputs: Tensor, train: bool = False) -> Tensor:
+    """What a copy of the model answers in a mode; the model stays as it is."""
+    with torch.no_grad():
+        return copy.deepcopy(model).train(train)(*inputs)
+
+
+def train_step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step of training, with a loss that pushes every parameter."""
+    optimizer.zero_grad()
+    y = model(x)
+    (y * numbers(*y.shape, seed=99).to(y.dtype)).sum().backward()
+    optimizer.step()
+
+
+# -- copies -----------------------------------------------------------------------------------
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+#: Every way in which a whole model is copied.
+COPIES = {"deepcopy": copy.deepcopy, "pickle": _pickled, "torch.save": _saved}
+
+
+# -- a model as it was ------------------------------------------------------------------------
+
+
+class Snapshot:
+    """A model at one moment: its modules, all that they hold, and all values, bit for bit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = _paths(model)
+        self.held = {path: _held(module) for path, module in self.modules.items()}
+        self.values = {path: _values(module) for path, module in self.modules.items()}
+
+    def assert_kept(self, model: nn.Module, *, untouched: bool = False) -> None:
+        """Assert that the model is what it was: the same objects with the same values.
+
+        With ``untouched``, that no tensor was so much as written to.
+        """
+        now = _paths(model)
+        assert list(now) == list(self.modules)
+        for path, module in now.items():
+            assert module is self.modules[path], f"{path}: another module"
+            held = _held(module)
+            assert held.keys() == self.held[path].keys(), path
+            for name, value in held.items():
+                assert value == self.held[path][name], f"{path}: {name}"
+            values = _values(module)
+            assert values.keys() == self.values[path].keys(), path
+            for name, (tensor, version) in values.items():
+                before, version_before = self.values[path][name]
+                assert same_bits(tensor, before), f"{path}.{name}: {tensor} was {before}"
+                assert not untouched or version == version_before, f"{path}.{name} was written to"
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values, NaN included."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and (a.is_meta or torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()))
+    )
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models have the same state dict: keys in order, bit for bit."""
+    one, other = a.state_dict(), b.state_dict()
+    return list(one) == list(other) and all(same_bits(one[key], other[key]) for key in one)
+
+
+def _paths(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """All that lies on a module, by attribute, in a form that tells one object from another."""
+    return {
+        "class": type(module),
+        **{
+            name: list(map(_entry, value.items())) if isinstance(value, dict) else _token(value)
+            for name, value in vars(module).items()
+        },
+    }
+
+
+def _entry(item: tuple[Any, Any]) -> tuple[Any, Any]:
+    key, value = item
+    return key, _token(value)
+
+
+class _Same:
+    """Equal to the same object only; it keeps the object alive, so that no other takes its id."""
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.what is other.what
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self.what).__name__} at {id(self.what):#x}"
+
+
+def _token(value: Any) -> Any:
+    """What has to be the same object, or for plain values equal."""
+    if isinstance(value, nn.Parameter):
+        return _Same(value), value.requires_grad
+    if is_lazy(value):
+        return _Same(value)
+    if isinstance(value, Tensor):  # a buffer may be another view of the same memory
+        return value.data_ptr()
+    if hasattr(value, "hook") and hasattr(value, "with_module"):  # torch's wrapped load hooks
+        return _Same(value.hook), _Same(value.module() if value.with_module else None)
+    plain = (bool, int, float, str, bytes, type(None), tuple, set, frozenset)
+    return value if isinstance(value, plain) else _Same(value)
+
+
+def _values(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    tensors = {**module._parameters, **module._buffers}
+    return {
+        name: (tensor.detach().clone(), tensor._version)
+        for name, tensor in tensors.items()
+        if tensor is not None and not is_lazy(tensor)
+    }
