@@ -241,6 +241,38 @@ def _saved(model: nn.Module) -> nn.Module:
 COPIES = {"deepcopy": copy.deepcopy, "pickle": _pickled, "torch.save": _saved}
 
 
+# -- hooks ------------------------------------------------------------------------------------
+
+
+def on_load(module: nn.Module, hook: Callable[..., None]) -> Any:
+    """Call a hook before a state dict is loaded; public in torch since 2.5."""
+    if hasattr(module, "register_load_state_dict_pre_hook"):
+        return module.register_load_state_dict_pre_hook(hook)
+    return module._register_load_state_dict_pre_hook(hook, with_module=True)
+
+
+def on_save(module: nn.Module, hook: Callable[..., None]) -> Any:
+    """Call a hook after a state dict is made; public in torch since 2.5."""
+    if hasattr(module, "register_state_dict_post_hook"):
+        return module.register_state_dict_post_hook(hook)
+    return module._register_state_dict_hook(hook)
+
+
+#: How a hook of each kind is registered with a module; the module is the hook's first argument.
+HOOKS: dict[str, Callable[[nn.Module, Callable[..., None]], Any]] = {
+    "forward pre": lambda m, hook: m.register_forward_pre_hook(hook),
+    "forward": lambda m, hook: m.register_forward_hook(hook),
+    "forward with keywords": lambda m, hook: m.register_forward_hook(hook, with_kwargs=True),
+    "forward always": lambda m, hook: m.register_forward_hook(hook, always_call=True),
+    "backward pre": lambda m, hook: m.register_full_backward_pre_hook(hook),
+    "backward": lambda m, hook: m.register_full_backward_hook(hook),
+    "save pre": lambda m, hook: m.register_state_dict_pre_hook(hook),
+    "save": on_save,
+    "load pre": on_load,
+    "load": lambda m, hook: m.register_load_state_dict_post_hook(hook),
+}
+
+
 # -- a model as it was ------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ import normswap
 from normswap.errors import UnsupportedModel
 from tests.swap.helpers import (
     CHANNELS,
+    HOOKS,
     Doubled,
     NormReLU,
     Snapshot,
@@ -68,18 +69,6 @@ def test_one_norm_in_two_parents() -> None:
     model = ours(build())
     assert isinstance(model["a"][0], nn.SyncBatchNorm)
     assert model["a"][0] is model["b"][0]
-
-
-HOOKS = {
-    "forward pre": lambda m, hook: m.register_forward_pre_hook(hook),
-    "forward": lambda m, hook: m.register_forward_hook(hook),
-    "backward": lambda m, hook: m.register_full_backward_hook(hook),
-    "backward pre": lambda m, hook: m.register_full_backward_pre_hook(hook),
-    "state dict pre": lambda m, hook: m.register_state_dict_pre_hook(hook),
-    "state dict": lambda m, hook: m.register_state_dict_post_hook(hook),
-    "load pre": lambda m, hook: m.register_load_state_dict_pre_hook(hook),
-    "load": lambda m, hook: m.register_load_state_dict_post_hook(hook),
-}
 
 
 @pytest.mark.parametrize("kind", HOOKS)

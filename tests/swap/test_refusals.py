@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -234,7 +235,7 @@ def test_a_model_wrapped_in_ddp() -> None:
 
 
 def test_a_model_wrapped_in_fsdp() -> None:
-    class Wrapped(torch.distributed.fsdp.FullyShardedDataParallel):
+    class Wrapped(FullyShardedDataParallel):
         def __init__(self, module: nn.Module) -> None:
             nn.Module.__init__(self)
             self.inner = module

@@ -15,6 +15,7 @@ import normswap
 from tests.swap.helpers import (
     COPIES,
     FEW,
+    HOOKS,
     SOURCES,
     TARGETS,
     TRACKING,
@@ -48,12 +49,8 @@ def swap(model: nn.Module, target: str, **arguments: Any) -> nn.Module:
 def decorated(model: Any) -> Any:
     """Give a model hooks of all sorts, modes, attributes and flags to lose."""
     norm = model.norm1
-    norm.register_forward_hook(lambda *_: None)
-    norm.register_forward_pre_hook(lambda *_: None)
-    norm.register_full_backward_hook(lambda *_: None)
-    norm.register_state_dict_post_hook(lambda *_: None)
-    norm.register_load_state_dict_pre_hook(lambda *_: None)
-    norm.register_load_state_dict_post_hook(lambda *_: None)
+    for register in HOOKS.values():
+        register(norm, lambda *_: None)
     norm.tag = ["mine"]
     norm.register_buffer("extra", torch.tensor([1.0]))
     model.norm2.eval()

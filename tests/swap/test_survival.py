@@ -14,6 +14,7 @@ from tests.swap.helpers import (
     CHANNELS,
     COPIES,
     FEW,
+    HOOKS,
     SOURCES,
     TARGETS,
     TRACKING,
@@ -22,6 +23,7 @@ from tests.swap.helpers import (
     TokenNet,
     changing,
     matched,
+    on_load,
     outputs,
     pairs,
     same_bits,
@@ -257,71 +259,32 @@ def test_an_optimizer_made_before_trains_the_converted_model(source: Source, tar
 
 
 @every_change
-def test_forward_hooks_are_kept_and_their_handles_remove_them(source: Source, target: str) -> None:
+def test_hooks_are_kept_and_their_handles_remove_them(source: Source, target: str) -> None:
+    """Each is called once, in torch's order, and told that its module is the new norm."""
     model = source.model()
     calls: list[str] = []
     owners: list[nn.Module] = []
 
-    def note(name: str) -> Any:
+    def note(kind: str) -> Any:
         def hook(module: nn.Module, *_: Any) -> None:
-            calls.append(name)
+            calls.append(kind)
             owners.append(module)
 
         return hook
 
-    norm = model.norm1
-    handles = [
-        norm.register_forward_pre_hook(note("pre")),
-        norm.register_forward_hook(note("forward")),
-        norm.register_forward_hook(
-            lambda module, args, kwargs, out: calls.append("kwargs"), with_kwargs=True
-        ),
-        norm.register_forward_hook(note("always"), always_call=True),
-        norm.register_full_backward_pre_hook(note("backward pre")),
-        norm.register_full_backward_hook(note("backward")),
-    ]
-    expected = ["pre", "forward", "kwargs", "always", "backward pre", "backward"]
+    def use() -> None:
+        model(model.example()).sum().backward()
+        model.load_state_dict(model.state_dict())
+
+    handles = [register(model.norm1, note(kind)) for kind, register in HOOKS.items()]
     swap(model, target)
-    model(model.example()).sum().backward()
-    assert calls == expected
+    use()
+    assert calls == list(HOOKS)
     assert {id(owner) for owner in owners} == {id(model.norm1)}
     calls.clear()
     for handle in handles:
         handle.remove()
-    model(model.example()).sum().backward()
-    assert calls == []
-
-
-@every_change
-def test_state_dict_hooks_are_kept_and_their_handles_remove_them(
-    source: Source, target: str
-) -> None:
-    model = source.model()
-    calls: list[str] = []
-    owners: list[nn.Module] = []
-
-    def note(name: str, owner: int) -> Any:
-        def hook(*args: Any) -> None:
-            calls.append(name)
-            owners.append(args[owner])
-
-        return hook
-
-    norm = model.norm1
-    handles = [
-        norm.register_state_dict_pre_hook(note("save pre", 0)),
-        norm.register_state_dict_post_hook(note("save", 0)),
-        norm.register_load_state_dict_pre_hook(note("load pre", 0)),
-        norm.register_load_state_dict_post_hook(note("load", 0)),
-    ]
-    swap(model, target)
-    model.load_state_dict(model.state_dict())
-    assert calls == ["save pre", "save", "load pre", "load"]
-    assert {id(owner) for owner in owners} == {id(model.norm1)}
-    calls.clear()
-    for handle in handles:
-        handle.remove()
-    model.load_state_dict(model.state_dict())
+    use()
     assert calls == []
 
 
@@ -330,7 +293,7 @@ def test_hooks_of_a_copy_are_the_copys(source: Source, target: str) -> None:
     """A hook that is told its module is told the copy's norm, and goes only from the copy."""
     model = source.model()
     owners: list[nn.Module] = []
-    model.norm1.register_load_state_dict_pre_hook(lambda module, *_: owners.append(module))
+    on_load(model.norm1, lambda module, *_: owners.append(module))
     swap(model, target)
     clone = copy.deepcopy(model)
     clone.load_state_dict(clone.state_dict())

@@ -17,6 +17,7 @@ import normswap
 from normswap.errors import StalePlan
 from tests.swap.helpers import (
     CHANNELS,
+    HOOKS,
     TARGETS,
     NormReLU,
     Snapshot,
@@ -33,8 +34,8 @@ def three_norms() -> Any:
     """Three BatchNorms in a row, one of them under two names, with hooks and flags to lose."""
     model = filled(nn.Sequential(*(nn.BatchNorm2d(CHANNELS) for _ in range(3))))
     model.add_module("again", model[1])
-    model[1].register_load_state_dict_pre_hook(lambda *_: None)
-    model[1].register_forward_hook(lambda *_: None)
+    for register in HOOKS.values():
+        register(model[1], lambda *_: None)
     model[2].weight.requires_grad_(False)
     return model
 
