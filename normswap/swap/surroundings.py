@@ -19,6 +19,14 @@ from normswap.swap.journal import model_place, record_of
 __all__ = ["Surroundings"]
 
 
+def _momentum(site: NormSite) -> float | None:
+    """The norm's momentum, or where it knows none, that of the first norm in its place."""
+    record = record_of(site.module)
+    if record is None or "momentum" in site.state.settings:
+        return site.state.momentum
+    return read_site(record.original, site.path).state.momentum
+
+
 class Surroundings:
     """The model around its sites.
 
@@ -32,7 +40,7 @@ class Surroundings:
 
     def inform(self, site: NormSite, needs: Set[str]) -> NormState:
         """The site's state with what a target needs to be told of it."""
-        state = replace(site.state, like=self._place)
+        state = replace(site.state, like=self._place, momentum=_momentum(site))
         if "dim" in needs and state.dim is None and state.channel_dim == 1:
             state = replace(state, dim=self._dimension(site))
         if "neighbours" in needs:

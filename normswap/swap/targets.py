@@ -79,7 +79,7 @@ def _chooser(one: Any, options: Mapping[str, Any]) -> Chooser:
     target = _target(one, options)
     if target is not None:
         return lambda site: target
-    if callable(one):
+    if callable(one) and not isinstance(one, type):
         return partial(_asked, one, options)
     raise OptionError(
         f"to={one!r} is no target; give a norm's name, a normswap.spec, a class or function of the "
