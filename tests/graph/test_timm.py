@@ -34,6 +34,11 @@ def test_models_that_are_hard_to_trace_are_searched(name: str, counts: dict[str,
     assert any(site.calls for site in sites)
 
 
+def test_no_norm_of_an_efficientvit_is_taken_for_unused() -> None:
+    sites = normswap.find(timm.create_model("efficientvit_b0"))
+    assert [site.path for site in sites if site.calls == 0] == []
+
+
 def test_a_norm_that_carries_its_activation_is_one_site() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 1), timm.layers.BatchNormAct2d(4))
     (site,) = normswap.find(model)

@@ -158,6 +158,13 @@ def test_modules_that_a_library_wants_whole_are_not_entered(
     assert normswap.find(nn.Sequential(Raising())).blind == {}
 
 
+def test_of_norms_inside_such_modules_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracer, "_WHOLE_MODULES", set())
+    tracer.leave_whole(modules=[Raising])
+    (site,) = normswap.find(nn.Sequential(Raising()))
+    assert (site.calls, site.order) == (None, None)
+
+
 def doubled_if_positive(x: Tensor) -> Tensor:
     return 2 * x if x.sum() > 0 else x
 

@@ -99,6 +99,12 @@ def test_tokens_that_are_not_contiguous_are_normalized_too() -> None:
     close(norm(x), by_hand(BATCH, norm, x))
 
 
+@pytest.mark.parametrize("norm", ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "identity"])
+def test_the_input_may_be_given_by_the_name_that_torch_gives_it(norm: str) -> None:
+    module, x = start(norm, channel_dim=1), values(3, CHANNELS, 5)
+    assert torch.equal(module(input=x), module(x))
+
+
 def noting(calls: list[str], name: str) -> nn.Module:
     """A layer that notes its name and its input's last dimension, and changes nothing."""
 

@@ -141,3 +141,29 @@ def test_a_forward_that_calls_the_model_more_often_at_a_later_batch() -> None:
 
     normswap.warmup(model, data, forward=halves)
     assert_keeps_all_of(model[1], model[0](images(9)))
+
+
+class Crops(nn.Module):
+    """Takes one image, or a list of them, or a second one by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2).double()
+
+    def forward(self, x: Tensor | list[Tensor], other: Tensor | None = None) -> None:
+        for crop in x if isinstance(x, list) else [x]:
+            self.norm(crop)
+        if other is not None:
+            self.norm(other)
+
+
+def test_a_list_of_inputs_that_calls_a_norm_for_each() -> None:
+    model, data = Crops(), cut(images(8), [3, 5])
+    normswap.warmup(model, [(data, None), (data, None)])
+    assert_keeps_all_of(model.norm, images(8).repeat(2, 1, 1, 1))
+
+
+def test_an_argument_by_name_that_calls_a_norm_again() -> None:
+    model, (x, other) = Crops(), cut(images(8), [3, 5])
+    normswap.warmup(model, [{"x": x, "other": other}] * 2)
+    assert_keeps_all_of(model.norm, images(8).repeat(2, 1, 1, 1))

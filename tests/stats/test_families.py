@@ -55,6 +55,21 @@ def test_a_sync_batch_norm_in_a_group_of_one(alone: None, make: Any) -> None:
     assert_keeps_all_of(model, images(9))
 
 
+@pytest.mark.parametrize("make", [nn.SyncBatchNorm, lambda size: normswap.build("sync_bn", size)])
+def test_a_sync_batch_norm_that_is_called_by_keyword(alone: None, make: Any) -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = make(2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=x)
+
+    model = ByKeyword()
+    normswap.warmup(model, cut(images(9), [4, 5]))
+    assert_keeps_all_of(model.norm, images(9))
+
+
 def test_a_batch_norm_of_tokens() -> None:
     model = normswap.convert(nn.Sequential(nn.LayerNorm(3)), "bn", where="*", carry="copy")
     data = values(6, 4, 3)
