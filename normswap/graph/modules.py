@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from normswap.errors import UnsupportedModel
+from normswap.graph.calls import functional_norms, own_class
+from normswap.graph.functional import forward_of
 from normswap.graph.neighbours import Neighbourhood
 from normswap.graph.shapes import observe_shapes
 from normswap.graph.site import NormSite, Sites
+from normswap.norms.functional import referred
 from normswap.norms.pool import NOTHING, Rule
 from normswap.norms.registry import reader
 from normswap.norms.state import NormState
@@ -41,6 +45,7 @@ def find(model: nn.Module, example_inputs: Any = None) -> Sites:
     norms: dict[int, nn.Module] = {}
     inside: set[int] = set()
     holders: dict[int, str] = {}
+    callers: dict[int, tuple[nn.Module, list[str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         cls = type(module)
         if cls not in known:
@@ -53,15 +58,21 @@ def find(model: nn.Module, example_inputs: Any = None) -> Sites:
                 inside.discard(id(module))
             norms[id(module)] = module
             names.setdefault(id(module), []).append(path)
+        elif forward_of(own_class(module)) is not None:
+            callers.setdefault(id(module), (module, []))[1].append(path)
     neighbourhood = Neighbourhood(model)
     sites = [
         read_site(module, names[key][0], tuple(names[key][1:]), neighbourhood)
         for key, module in norms.items()
     ]
     sites = [_fused(site, holders) for site in sites]
+    sites += [site for owner, paths in callers.values() for site in _called(owner, paths)]
     if example_inputs is not None:
         shapes = observe_shapes(model, example_inputs, [site.path for site in sites])
-        sites = [replace(site, input_shapes=tuple(shapes[site.path])) for site in sites]
+        sites = [
+            site if site.owner is not None else replace(site, input_shapes=tuple(shapes[site.path]))
+            for site in sites
+        ]
     return Sites(sites, neighbourhood)
 
 
@@ -96,6 +107,21 @@ def read_site(
     )
 
 
+def _called(owner: nn.Module, paths: list[str]) -> Iterator[NormSite]:
+    """The functional norms of a module, under the names that norms in their places would have."""
+    for stub, problem in functional_norms(owner):
+        yield NormSite(
+            path=paths[0],
+            kind=stub.state.kind,
+            origin="functional",
+            module=stub,
+            state=stub.state,
+            owner=owner,
+            aliases=(*paths[1:], *(f"{path}.{stub.name}".lstrip(".") for path in paths)),
+            obstacle=f"{problem}; leave it out by skip=" if problem else "",
+        )
+
+
 def _fused(site: NormSite, holders: dict[int, str]) -> NormSite:
     """The site, unready if it is a part of a module for quantization, which reads it."""
     holder = holders.get(id(site.module))
@@ -128,7 +154,7 @@ def _obstacle(module: nn.Module, known_class: type[nn.Module]) -> str:
             "known; leave it out by skip="
         )
     for name in ("weight", "bias"):
-        if name in vars(module):
+        if name in vars(module) and name not in referred(module):
             return f"its {name} is recomputed by a hook; remove that hook (weight norm?) first"
     return ""
 

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from normswap.graph.neighbours import Neighbourhood, Neighbours
+from normswap.norms.functional import FunctionalNorm
 from normswap.norms.state import NormState
 from normswap.table import Listing
 
@@ -26,7 +27,8 @@ class NormSite:
         kind: its family: ``"batch_norm"``, ``"layer_norm"``, ``"group_norm"``,
             ``"instance_norm"``, ...
         origin: ``"module"``, ``"functional"`` or ``"handwritten"``.
-        module: the module at ``path``.
+        module: the module at ``path``; for a functional norm what stands for its call.
+        owner: for a functional norm, the module at ``path``, whose forward has the call.
         state: what was read from it.
         aliases: the other names under which the model has the same object.
         input_shapes: with example inputs, the input's shape at each call.
@@ -39,6 +41,7 @@ class NormSite:
     origin: Literal["module", "functional", "handwritten"]
     module: nn.Module = field(repr=False, compare=False)
     state: NormState = field(repr=False, compare=False)
+    owner: nn.Module | None = field(default=None, repr=False, compare=False)
     aliases: tuple[str, ...] = ()
     input_shapes: tuple[tuple[int, ...], ...] | None = None
     obstacle: str = ""
@@ -112,7 +115,13 @@ class NormSite:
     @property
     def label(self) -> str:
         """How messages name it: path and class."""
-        return f"{self.path or '(the model itself)'} ({type(self.module).__name__})"
+        return f"{self.path or '(the model itself)'} ({self.source})"
+
+    @property
+    def source(self) -> str:
+        """What it is in the code: a class, or a function and its line."""
+        called = self.module if isinstance(self.module, FunctionalNorm) else None
+        return called.function if called else type(self.module).__name__
 
     @property
     def _around(self) -> Neighbours | None:
@@ -148,7 +157,7 @@ class Sites(Listing[NormSite]):
         return (
             item.path or "(the model itself)",
             item.kind,
-            type(item.module).__name__,
+            item.source,
             item.num_features,
             item.channel_dim,
             item.producer or "",

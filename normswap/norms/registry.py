@@ -11,6 +11,7 @@ from torch import nn
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
 from normswap.norms import batch, fold, frozen, group, identity, instance, layer, rms, sync_batch
 from normswap.norms.entry import NormEntry, Option, Reader, Starter
+from normswap.norms.functional import FunctionalNorm, read_functional
 from normswap.table import Listing
 
 __all__ = ["NormList", "add_readers", "kinds", "list_norms", "lookup", "reader", "register"]
@@ -23,6 +24,7 @@ _ENTRIES: dict[str, NormEntry] = {
 _READERS: dict[type[nn.Module], Reader] = {
     cls: read for entry in _ENTRIES.values() for cls, read in entry.reads.items()
 }
+_READERS[FunctionalNorm] = read_functional
 
 
 def lookup(name: str) -> NormEntry:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from normswap.errors import StalePlan
+from normswap.graph.calls import own_class
 from normswap.norms.base import Norm
+from normswap.norms.functional import FunctionalNorm, refer, referred
 from normswap.norms.furnish import furnish
 from normswap.norms.state import TENSORS
 from normswap.swap.beside import Pending, restore
@@ -25,6 +27,7 @@ from normswap.swap.journal import (
     remember_skips,
     skips,
 )
+from normswap.swap.lift import lifted_class
 from normswap.swap.step import Step
 
 __all__ = ["Applied", "apply_steps", "revert", "undo"]
@@ -67,7 +70,7 @@ def apply_steps(model: nn.Module, steps: Iterable[Step], *, scoped: bool = False
     before = skips(model)
     remember_skips(model, _skips_after(before, steps), changes)
     keep_in_step(model, changes)
-    olds = [old for old, _ in changes.modules]
+    olds = [step.site.module for step in converting]
     return Applied(changes.make(model), olds, before)
 
 
@@ -77,8 +80,7 @@ def _skips_after(before: dict[str, Skip], steps: list[Step]) -> dict[str, Skip]:
     after = {path: skip for path, skip in before.items() if path in untouched}
     for step in steps:
         if step.action == "skip":
-            source = type(step.site.module).__name__
-            after[step.site.path] = Skip(source, str(step.to), step.reason)
+            after[step.site.path] = Skip(step.site.source, str(step.to), step.reason)
     return after
 
 
@@ -133,7 +135,13 @@ def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scop
     if isinstance(new, Norm):
         new.path = site.path
     carry_over(old, new)
-    changes.modules.append((old, new))
+    refers = old.refers if isinstance(old, FunctionalNorm) else referred(old)
+    if refers:
+        refer(new, {name: refers[name] for name in refers if name in made.carried})
+    if isinstance(old, FunctionalNorm) and site.owner is not None:
+        changes.lifts.append((site.owner, old.name, new, lifted_class(own_class(site.owner))))
+    else:
+        changes.modules.append((old, new))
     for name, value in made.rewrites.items():
         changes.writes.append((getattr(old, name), value))
     for name, flag in made.requires_grad.items():
@@ -145,7 +153,8 @@ def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scop
 def _refuse_stale(model: nn.Module, converting: list[Step]) -> None:
     present = dict(model.named_modules(remove_duplicate=False))
     for step in converting:
-        if present.get(step.site.path) is not step.site.module or _has_other_tensors(step):
+        here = step.site.owner or step.site.module
+        if present.get(step.site.path) is not here or _has_other_tensors(step):
             raise StalePlan(
                 f"{step.site.label} is no longer the module that the plan was made for; "
                 "make a new plan"

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.graph.calls import own_class
+from normswap.swap.lift import is_lifted, without_norms
+
 __all__ = ["ABSENT", "Changes"]
 
 #: Stands for an attribute that is not there.
@@ -23,6 +26,8 @@ class Changes:
 
     Args:
         modules: pairs of a module of the model and its replacement.
+        lifts: modules that get a norm for a call in their forward: name, norm, and generated class.
+        lowered: norms for calls in forwards, which are to leave.
         writes: pairs of a tensor and the values that it is to hold.
         flags: pairs of a parameter and its ``requires_grad`` to be.
         parameters: modules with the name of a parameter and the object, or ``None``, to be there.
@@ -31,6 +36,8 @@ class Changes:
     """
 
     modules: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    lifts: list[tuple[nn.Module, str, nn.Module, type]] = field(default_factory=list)
+    lowered: list[nn.Module] = field(default_factory=list)
     writes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     flags: list[tuple[Tensor, bool]] = field(default_factory=list)
     parameters: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
@@ -49,6 +56,16 @@ class Changes:
                     if child is not None and id(child) in replacement:
                         put = partial(parent._modules.__setitem__, name)
                         _do(undo, put, child, replacement[id(child)])
+            for owner, name, norm, cls in self.lifts:
+                _do(undo, partial(_set_class, owner), type(owner), cls)
+                _do(undo, partial(_set_child, owner, name), None, norm)
+            leaving = {id(norm) for norm in self.lowered}
+            for owner in list(model.modules()) if leaving else ():
+                if is_lifted(owner) and without_norms(owner, leaving):
+                    _do(undo, partial(_set_class, owner), type(owner), own_class(owner))
+                for name, child in list(owner._modules.items()):
+                    if id(child) in leaving:
+                        _do(undo, partial(_set_child, owner, name), child, None)
             for old, new in self.modules:
                 _do(undo, partial(_bind_hooks, new), old, new)
             for tensor, value in self.writes:
@@ -71,6 +88,17 @@ def _do(undo: ExitStack, put: Callable[[Any], object], before: Any, after: Any) 
     """Put ``after``; ``undo`` puts ``before``, and knows it first, lest an interrupt slip in."""
     undo.callback(put, before)
     put(after)
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    module.__class__ = cls
+
+
+def _set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    if child is None:
+        module._modules.pop(name, None)
+    else:
+        module._modules[name] = child
 
 
 def _set(module: nn.Module, name: str, value: object) -> None:

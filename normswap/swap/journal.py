@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normswap.graph.modules import require_module
 from normswap.norms.fidelity import Fidelity
+from normswap.norms.functional import FunctionalNorm
 from normswap.norms.furnish import Furnished
 from normswap.norms.spec import Target
 from normswap.swap.beside import Kept
@@ -178,7 +179,10 @@ def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes
     _follow(original, anchor.device, dtype, skip=record.carried)
     original.training = current.training
     share_hooks(current, original)
-    changes.modules.append((current, original))
+    if isinstance(original, FunctionalNorm):
+        changes.lowered.append(current)
+    else:
+        changes.modules.append((current, original))
     for name, value in record.saved.items():
         tensor = _tensor(original, name)
         if not value.is_meta or tensor.is_meta:  # a model that was without weights has some now

@@ -51,7 +51,7 @@ class Plan(Listing[Step]):
         """One step as a row."""
         return (
             item.site.path or "(the model itself)",
-            type(item.site.module).__name__,
+            item.site.source,
             item.action,
             item.to or "",
             item.fidelity or "",

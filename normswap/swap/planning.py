@@ -12,6 +12,7 @@ from normswap.errors import CannotConvert, OptionError
 from normswap.graph.modules import find, read_site
 from normswap.graph.site import NormSite
 from normswap.norms.fidelity import Fidelity
+from normswap.norms.functional import FunctionalNorm
 from normswap.norms.spec import Target
 from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
@@ -108,6 +109,9 @@ def _as_it_was(site: NormSite) -> NormSite:
     record = record_of(site.module)
     if record is None:
         return site
+    if isinstance(record.original, FunctionalNorm):
+        owner, _, _ = site.path.rpartition(".")
+        return replace(read_site(record.original, owner, site.names), origin="functional")
     return read_site(record.original, site.path, site.aliases)
 
 

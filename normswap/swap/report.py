@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from normswap.graph.modules import read_site
 from normswap.norms.fidelity import Fidelity
 from normswap.swap.journal import records, skips
 from normswap.table import Listing
@@ -59,7 +60,7 @@ def report(model: nn.Module) -> Report:
         Rows of path, source, target, fidelity and reason; ``print()`` shows a table.
     """
     done = [
-        Row(path, type(r.original).__name__, str(r.spec), r.fidelity, r.note)
+        Row(path, read_site(r.original, path).source, str(r.spec), r.fidelity, r.note)
         for path, (_, r) in records(model).items()
     ]
     left = [Row(path, s.source, s.to, None, s.reason) for path, s in skips(model).items()]

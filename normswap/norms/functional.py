@@ -1,0 +1,80 @@
+"""A functional norm as a source: a call in somebody's forward, with tensors that are the owner's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+
+from torch import Tensor, nn
+
+from normswap.norms.state import NormState
+
+__all__ = [
+    "FunctionalNorm",
+    "child_name",
+    "read_functional",
+    "refer",
+    "referred",
+    "refresh",
+]
+
+_REFERS = "_normswap_refers"
+
+
+class FunctionalNorm(nn.Module):
+    """Stands for a call of a norm function; never a part of a model.
+
+    Args:
+        function: the call in words, for messages.
+        name: the name that a norm put in its place has in the owner.
+        state: what the call computes.
+        refers: for each tensor that it is given, the attribute of the owner that holds it.
+    """
+
+    def __init__(
+        self, function: str, name: str, state: NormState, refers: Mapping[str, str]
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.name = name
+        self.state = state
+        self.refers = dict(refers)
+        for tensor in refers:
+            vars(self)[tensor] = getattr(state, tensor)
+
+
+def read_functional(module: nn.Module) -> NormState:
+    """Read what stands for a call."""
+    if not isinstance(module, FunctionalNorm):
+        raise TypeError(f"expected a FunctionalNorm, got {type(module).__name__}")
+    return module.state
+
+
+def child_name(kind: str, index: int) -> str:
+    """The name that the norm in the place of a forward's call has in the owner."""
+    return f"functional_{kind}_{index}"
+
+
+def refer(norm: nn.Module, attributes: Mapping[str, str]) -> None:
+    """Let a norm refer to tensors that stay its owner's, under the owner's keys.
+
+    Args:
+        norm: a norm that holds them as its own until now.
+        attributes: for each of its tensors that is the owner's, the owner's attribute.
+    """
+    vars(norm)[_REFERS] = dict(attributes)
+    for name in attributes:
+        held = norm._parameters if name in norm._parameters else norm._buffers
+        vars(norm)[name] = held.pop(name)
+
+
+def referred(norm: nn.Module) -> dict[str, str]:
+    """What a norm refers to: its tensors' names with the owner's attributes."""
+    return dict(vars(norm).get(_REFERS, {}))
+
+
+def refresh(norm: nn.Module, owner: nn.Module) -> None:
+    """Let a norm hold the tensors that its owner holds now: a move may have replaced them."""
+    for name, attribute in vars(norm).get(_REFERS, {}).items():
+        tensor: Tensor | None = attrgetter(attribute)(owner)
+        vars(norm)[name] = tensor
