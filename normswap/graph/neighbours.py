@@ -61,8 +61,15 @@ class Neighbourhood:
 
     def of(self, path: str) -> Neighbours | None:
         """The surroundings of the norm at a path, or ``None`` where no graph shows it."""
-        blind = any(path == part or path.startswith(part + ".") or not part for part in self.blind)
-        return self._norms.get(path, None if blind else Neighbours())
+        hidden = path in self.blind or path.startswith(self._hidden)
+        return self._norms.get(path, None if hidden else Neighbours())
+
+    @cached_property
+    def _hidden(self) -> tuple[str, ...]:
+        """Prefixes of what may be called where no graph shows it: parts that are single nodes."""
+        targets = {prefix + str(node.target) for node, prefix in self._seen}
+        whole = (path for path in targets if reader(type(self._modules[path])) is None)
+        return tuple(f"{path}." if path else "" for path in (*self.blind, *whole))
 
     @property
     def blind(self) -> dict[str, str]:

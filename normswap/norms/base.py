@@ -51,8 +51,9 @@ class Norm(nn.Module):
     path: str = ""
     own: tuple[str, ...] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x, of any shape with ``num_features`` channels at ``channel_dim``."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize the input, of any shape with ``num_features`` channels at ``channel_dim``."""
+        x = input  # torch's name, which callers may use
         here, native = self.channel_dim, self.native_dim
         if here == native:
             y = self.normalize(x)

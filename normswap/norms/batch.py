@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import CannotConvert
 from normswap.norms.base import Norm, place
-from normswap.norms.entry import AFFINE, EPS, NormEntry, Option
+from normswap.norms.entry import AFFINE, EPS, NormEntry, Option, flag, number
 from normswap.norms.reading import dimension, layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState, batch_rule
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 BATCH_SOURCES = frozenset({"batch_norm"})
-MOMENTUM = Option("momentum", None, "weight of the newest batch; None: the source's")
+MOMENTUM = number("momentum", "weight of the newest batch; None: the source's", low=0.0, high=1.0)
 
 
 class SynchronizedBatchNorm(Norm):
@@ -195,12 +195,12 @@ ENTRIES = (
         start=start_batch_norm,
         reads=dict.fromkeys((*_TORCH.values(), *_OURS.values(), _BatchNorm), read_batch_norm),
         options=(
-            Option("sync", False, "pool over all ranks; DDP takes it on CPU too"),
+            flag("sync", False, "pool over all ranks; DDP takes it on CPU too"),
             Option("process_group", None, "the ranks that share statistics; None: all"),
             EPS,
             MOMENTUM,
             AFFINE,
-            Option("track_running_stats", None, "keep running statistics; None: as the source"),
+            flag("track_running_stats", None, "keep running statistics; None: as the source"),
         ),
         needs=frozenset({"dim"}),
     ),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from sys import float_info
+from typing import Any, Literal
 
 from torch import nn
 
 from normswap.norms.start import Start
 from normswap.norms.state import NormState
 
-__all__ = ["AFFINE", "EPS", "NormEntry", "Option", "Reader", "Starter"]
+__all__ = ["AFFINE", "EPS", "NormEntry", "Option", "Reader", "Starter", "flag", "number"]
 
 #: Reads a module into a `NormState`; called only with modules of the class it is registered for.
 Reader = Callable[[nn.Module], NormState]
@@ -28,15 +29,34 @@ class Option:
         name: as the user writes it.
         default: what it is when not given; ``None`` means "as the source" or "by a rule".
         doc: one line for the table of norms.
+        expects: what a value has to be, in words; empty if the starter says so itself.
+        fits: whether a value is that; ``None`` always is.
     """
 
     name: str
     default: object
     doc: str
+    expects: str = ""
+    fits: Callable[[Any], bool] = field(default=lambda value: True, repr=False)
 
 
-EPS = Option("eps", None, "added to the variance; None: the source's")
-AFFINE = Option("affine", None, "weight and bias; None: as the source, and where the start needs")
+def flag(name: str, default: bool | None, doc: str) -> Option:
+    """An option that is on or off."""
+    return Option(name, default, doc, "True or False", lambda value: isinstance(value, bool))
+
+
+def number(name: str, doc: str, *, low: float, high: float) -> Option:
+    """An option that is a number within bounds, or as the source."""
+
+    def fits(value: Any) -> bool:
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return real and low <= value <= high
+
+    return Option(name, None, doc, f"a number from {low} to {high}", fits)
+
+
+EPS = number("eps", "added to the variance; None: the source's", low=0.0, high=float_info.max)
+AFFINE = flag("affine", None, "weight and bias; None: as the source, and where the start needs")
 
 
 @dataclass(frozen=True)

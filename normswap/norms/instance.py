@@ -15,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normswap.errors import CannotConvert
 from normswap.norms.base import Norm, place
 from normswap.norms.batch import MOMENTUM
-from normswap.norms.entry import AFFINE, EPS, NormEntry, Option
+from normswap.norms.entry import AFFINE, EPS, NormEntry, flag
 from normswap.norms.group import MAP_SOURCES
 from normswap.norms.pool import RUNNING, Rule, per_group
 from normswap.norms.reading import dimension, layout, tensors
@@ -150,7 +150,7 @@ ENTRIES = (
             EPS,
             MOMENTUM,
             AFFINE,
-            Option("track_running_stats", None, "evaluate with running statistics; None: as an in"),
+            flag("track_running_stats", None, "evaluate with running statistics; None: as an in"),
         ),
         needs=frozenset({"dim"}),
     ),

@@ -104,15 +104,21 @@ def spec(name: str, **options: Any) -> NormSpec:
 
     Raises:
         UnknownNorm: no norm has the name; near ones are suggested.
-        OptionError: the norm does not have an option.
+        OptionError: the norm does not have an option, or it cannot have the value.
     """
     entry = lookup(name)
     known = [option.name for option in entry.options]
-    for option in options:
-        if option not in known:
+    for name_given in options:
+        if name_given not in known:
             raise OptionError(
-                f"{entry.name} has no option {option!r}.{did_you_mean(option, known)} "
+                f"{entry.name} has no option {name_given!r}.{did_you_mean(name_given, known)} "
                 + (f"It has {', '.join(known)}." if known else "It has none.")
+            )
+    for option in entry.options:
+        value = options.get(option.name)
+        if value is not None and not option.fits(value):
+            raise OptionError(
+                f"{entry.name}: {option.name}={value!r} should be {option.expects}, or None"
             )
     return NormSpec(entry.name, options)
 

@@ -16,12 +16,14 @@ __all__ = ["Forward", "batch_size", "batches_of", "call", "moved", "unwrapped"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a data-parallel wrapper or a compiled one, whose forwards do more."""
     while True:
         inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(model, _WRAPPERS):
             inner = model.module
         if inner is None:
             return model

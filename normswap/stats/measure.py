@@ -148,8 +148,8 @@ class _LocalForward:
     def __init__(self, module: nn.SyncBatchNorm, tail: tuple[str, ...]) -> None:
         self.module, self.tail = module, tail
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = _BatchNorm.forward(self.module, x)
+    def __call__(self, input: Tensor) -> Tensor:
+        y = _BatchNorm.forward(self.module, input)
         for name in self.tail:
             y = getattr(self.module, name)(y)
         return y

@@ -132,16 +132,25 @@ class _Collector:
         self.accumulators = {site.path: _accumulator(site, method) for site in sites}
         self._pending: list[tuple[NormSite, Batch]] = []
         self._may_end_early = may_end_early
+        self._saw_whole_forward = False
 
     def receive(self, site: NormSite, batch: Batch) -> None:
         """Take what one call measured; end the forward if it was the last."""
         self._pending.append((site, batch))
-        if self._may_end_early and len(self._pending) == len(self.accumulators):
+        if (
+            self._saw_whole_forward
+            and self._may_end_early
+            and len(self._pending) == len(self.accumulators)
+        ):
             raise _LastNormReached
 
     def close_batch(self, index: int, *, skip: bool) -> bool:
         """Take in what the batch brought; return whether it counts."""
         pending, self._pending = self._pending, []
+        # What a graph cannot know, such as how many inputs a list holds, a whole forward shows.
+        if not self._saw_whole_forward:
+            self._saw_whole_forward = True
+            self._may_end_early &= len(pending) == len(self.accumulators)
         if not pending:
             return True
         measured = torch.cat([torch.cat([batch.mean, batch.var]) for _, batch in pending])

@@ -40,10 +40,10 @@ def refuse_idle(plan: Plan, to: object) -> None:
     )
 
 
-def refuse_unfaithful(plan: Plan, min_fidelity: str | Fidelity | None) -> None:
-    """Raise `TooUnfaithful` if a chosen site is skipped, or less faithful than demanded."""
+def refuse_unfaithful(plan: Plan, *, strict: bool, min_fidelity: str | Fidelity | None) -> None:
+    """Raise `TooUnfaithful` if strict and a site is skipped, or one would be less faithful."""
     least = None if min_fidelity is None else _named(min_fidelity)
-    skipped = plan.of("skip")
+    skipped = plan.of("skip") if strict else []
     if skipped:
         raise TooUnfaithful(
             "some of the chosen normalizations cannot be converted:\n" + _listed(skipped)

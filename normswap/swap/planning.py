@@ -92,8 +92,7 @@ def plan(
         )
     made = Plan(model, steps)
     refuse_idle(made, to)
-    if strict or min_fidelity is not None:
-        refuse_unfaithful(made, min_fidelity)
+    refuse_unfaithful(made, strict=strict, min_fidelity=min_fidelity)
     return made
 
 

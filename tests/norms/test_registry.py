@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from typing import Any
 
 import pytest
 from torch import nn
@@ -148,3 +149,22 @@ def test_a_dimension_without_a_class_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_built_norm_can_be_read_back(name: str) -> None:
     assert normswap.find(normswap.build(name, 8))[0].state.norm == name
+
+
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [
+        ("gn", {"eps": "big"}),
+        ("gn", {"eps": -1.0}),
+        ("gn", {"eps": float("nan")}),
+        ("gn", {"eps": float("inf")}),
+        ("bn", {"momentum": 2}),
+        ("bn", {"sync": 1}),
+        ("in", {"track_running_stats": "yes"}),
+        ("ln", {"affine": 0}),
+    ],
+)
+def test_a_value_that_an_option_cannot_have(norm: str, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(OptionError, match=f"{norm}: {name}="):
+        normswap.spec(norm, **options)

@@ -184,6 +184,12 @@ def test_a_min_fidelity_that_cannot_be_kept() -> None:
     refused(batch_net(), TooUnfaithful, *said, min_fidelity="eval")
 
 
+def test_a_min_fidelity_alone_lets_a_site_be_skipped() -> None:
+    model = filled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.GroupNorm(2, 8)))
+    plan = normswap.plan(model, "frozen_bn", where="*", min_fidelity="eval")
+    assert [step.action for step in plan] == ["convert", "skip"]
+
+
 def test_a_min_fidelity_that_one_of_many_cannot_keep() -> None:
     model = nn.ModuleDict({"a": batch_net(), "b": batch_net()})
     to = {"a.*": "sync_bn", "b.*": "gn"}
