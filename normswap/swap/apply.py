@@ -131,7 +131,7 @@ def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scop
     made = furnish(state, start)
     new = made.module
     if isinstance(new, Norm):
-        new.path = site.path
+        new.site_path = site.path
     carry_over(old, new)
     changes.modules.append((old, new))
     for name, value in made.rewrites.items():
