@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from normswap.errors import DegeneratePooling
 from normswap.norms.state import NormState
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Norm", "place", "rearranged", "restored"]
 
@@ -40,7 +43,7 @@ class Norm(nn.Module):
         native_dim: where the torch norm expects the channels, 1 or -1.
         tail: names of the children that run after the norm, in order: a fused dropout or
             activation that the layer it replaces had.
-        path: where the layer stands in the model that it was put into, for error messages.
+        site_path: where the layer stands in the model that it was put into, for error messages.
         own: names of attributes, tensors and children that mean something to this norm only, and
             do not move on to a norm that replaces it.
     """
@@ -48,8 +51,18 @@ class Norm(nn.Module):
     channel_dim: int = 1
     native_dim: int = 1
     tail: tuple[str, ...] = ()
-    path: str = ""
+    site_path: str = ""
     own: tuple[str, ...] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Let the instance, not the class, say that it is torch's.
+
+        torch.fx keeps modules whole that say so, as it must a norm: tracing into one would freeze
+        its mode and stumble over its checks of shapes.
+        """
+        self = super().__new__(cls)
+        vars(self)["__module__"] = "torch.nn"
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the input, of any shape with ``num_features`` channels at ``channel_dim``."""
@@ -67,13 +80,18 @@ class Norm(nn.Module):
         """Normalize x with its channels at dimension 1."""
         return cast(Tensor, super().forward(x))
 
-    def refuse_single_value(self, values: int) -> None:
-        """Raise if a statistic would be pooled over one value, which erases the input."""
+    def refuse_single_value(self, values: int, remedy: str) -> None:
+        """Raise if a statistic would be pooled over one value, which erases the input.
+
+        Args:
+            values: how many values a statistic is pooled over.
+            remedy: what makes them more.
+        """
         if values == 1:
+            where = f"{self.site_path or 'this layer'} ({type(self).__name__})"
             raise DegeneratePooling(
-                f"{self.path or 'this layer'} ({type(self).__name__}): each statistic would be "
-                "pooled over a single value, so every output would be the bias; use a larger "
-                "batch or map, or fewer groups, or leave this layer out by skip="
+                f"{where}: each statistic would be pooled over a single value, so every output "
+                f"would be the bias; {remedy}, or leave this layer out by skip="
             )
 
 

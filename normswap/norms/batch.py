@@ -57,7 +57,8 @@ class SynchronizedBatchNorm(Norm):
         """Normalize x (N, C, ...) by its batch in training, by running statistics in eval."""
         if not (self.sync and self.training and ranks(self.process_group) > 1):
             if self.training or self.running_mean is None:
-                self.refuse_single_value(x.numel() // max(x.shape[1], 1))
+                values = x.numel() // max(x.shape[1], 1)
+                self.refuse_single_value(values, "use a larger batch")
             return super().normalize(x)
         self._check_input_dim(x)
         tracked = self.track_running_stats
@@ -70,6 +71,7 @@ class SynchronizedBatchNorm(Norm):
             factor=self._count_batch(),
             eps=self.eps,
             group=self.process_group,
+            name=self.site_path or type(self).__name__,
         )
 
     def _count_batch(self) -> float:

@@ -93,8 +93,6 @@ def _why_not(module: nn.Module | None, problem: str, state: NormState) -> str:
         return f"a {type(module).__name__} with a forward of its own"
     if "weight" not in module._parameters:
         return f"a {type(module).__name__} whose weight is computed"
-    if isinstance(module, nn.Linear) and state.channel_dim == 1 and state.dim not in (None, 0, 1):
-        return "a Linear, whose features are not where the norm's channels are"
     return ""
 
 

@@ -51,7 +51,8 @@ def furnish(state: NormState, start: Start) -> Furnished:
                 rewrites[name] = value
         elif name in start.affine:
             own = _fresh(name, state) if value is None else value
-        module.register_parameter(name, _parameter(own, frozen=start.frozen))
+        if name in start.affine or not hasattr(module, name):
+            module.register_parameter(name, _parameter(own, frozen=start.frozen))
     for name in start.running:
         own = None if start.fresh else getattr(state, name)
         if own is not None:

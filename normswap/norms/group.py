@@ -35,7 +35,8 @@ class GroupNorm(Norm, nn.GroupNorm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (N, C, ...) per sample and group of consecutive channels."""
-        self.refuse_single_value(self.num_channels // self.num_groups * math.prod(x.shape[2:]))
+        values = self.num_channels // self.num_groups * math.prod(x.shape[2:])
+        self.refuse_single_value(values, "use fewer groups or a larger map")
         return super().normalize(x)
 
 

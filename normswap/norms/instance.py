@@ -36,7 +36,8 @@ class _MapNorm(Norm):
         """Normalize x (N, C, ...) per sample and channel; (C, ...) is one sample, as in torch."""
         if self.training or not self.track_running_stats:
             one_sample = x.ndim == self.dim + 1 and x.shape[0] == self.num_features
-            self.refuse_single_value(math.prod(x.shape[1 if one_sample else 2 :]))
+            values = math.prod(x.shape[1 if one_sample else 2 :])
+            self.refuse_single_value(values, "use a larger map")
         return super().normalize(x)
 
 

@@ -40,7 +40,7 @@ class LayerNorm(Norm, nn.LayerNorm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (..., C) per position."""
-        self.refuse_single_value(x.shape[-1])
+        self.refuse_single_value(x.shape[-1], "use more channels")
         return super().normalize(x)
 
 
@@ -67,7 +67,7 @@ class LayerNormMap(Norm, nn.GroupNorm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (N, C, ...) per sample."""
-        self.refuse_single_value(math.prod(x.shape[1:]))
+        self.refuse_single_value(math.prod(x.shape[1:]), "use a larger map")
         return super().normalize(x)
 
     def extra_repr(self) -> str:

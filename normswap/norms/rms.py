@@ -44,7 +44,7 @@ class RMSNorm(Norm, nn.RMSNorm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (..., C) per position."""
-        self.refuse_single_value(x.shape[-1])
+        self.refuse_single_value(x.shape[-1], "use more channels")
         y = super().normalize(x)
         return y if self.bias is None else y + self.bias
 
@@ -76,14 +76,16 @@ class RMSNormMap(Norm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (N, C, ...) per sample, in single precision at least."""
-        self.refuse_single_value(math.prod(x.shape[1:]))
-        values = x.to(torch.promote_types(x.dtype, torch.float32))
-        square = values.square().flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1))
+        self.refuse_single_value(math.prod(x.shape[1:]), "use a larger map")
+        values = x.reshape(x.shape[0], self.num_features, -1)
+        values = values.to(torch.promote_types(x.dtype, torch.float32))
+        square = values.square().mean((1, 2), keepdim=True)
         y = (values * (square + self.eps).rsqrt()).to(x.dtype)
-        shape = (1, -1, *[1] * (x.ndim - 2))
         if self.weight is not None:
-            y = y * self.weight.view(shape)
-        return y if self.bias is None else y + self.bias.view(shape)
+            y = y * self.weight.view(1, -1, 1)
+        if self.bias is not None:
+            y = y + self.bias.view(1, -1, 1)
+        return y.reshape(x.shape)
 
     def extra_repr(self) -> str:
         """Say size and eps."""
@@ -98,7 +100,8 @@ def start_rms_norm(
     affine: bool | None = None,
 ) -> Start:
     """Start an RMSNorm: per position on tokens, per sample on channels-first maps."""
-    size, new_eps = state.num_features, state.eps if eps is None else eps
+    size = state.num_features
+    new_eps = _eps_of(state) if eps is None else eps
     tokens = state.channel_dim != 1
     # torch's own has no offset: it will do where the source has none to carry or to make.
     gains_affine = not state.affine and (affine or not state.kind or state.kind == "identity")
@@ -110,7 +113,7 @@ def start_rms_norm(
             return nn.RMSNorm(size, eps=new_eps, elementwise_affine=False)
         if tokens:
             return place(RMSNorm(size, eps=new_eps, elementwise_affine=False), state)
-        return place(RMSNormMap(size, eps=new_eps), state)
+        return place(RMSNormMap(size, eps=state.eps if eps is None else eps), state)
 
     rule = Rule.always(_POSITION if tokens else per_group(size, centred=False))
     return begin(state, shell, rule, carry=carry, eps=eps, affine=affine)
@@ -126,7 +129,7 @@ def start_rms_norm_2d(
     """Start an RMSNorm per position, on maps as on tokens."""
 
     def shell() -> nn.Module:
-        new_eps = state.eps if eps is None else eps
+        new_eps = _eps_of(state) if eps is None else eps
         return place(RMSNorm2d(state.num_features, eps=new_eps, elementwise_affine=False), state)
 
     return begin(state, shell, Rule.always(_POSITION), carry=carry, eps=eps, affine=affine)
@@ -145,17 +148,24 @@ def read_rms_norm(module: nn.Module, *, norm: str = "rms", channel_dim: int = -1
         rule=Rule.always(_POSITION if per_channel else per_group(shape[0], centred=False)),
         eps=eps,
         obstacle=over_several(shape),
-        settings={"eps": eps, "affine": given["weight"] is not None},
+        settings={"eps": module.eps, "affine": given["weight"] is not None},
         **given,
         **({"channel_dim": channel_dim if per_channel else 1} | layout(module)),
     )
 
 
+def _eps_of(state: NormState) -> float | None:
+    """The source's eps; ``None`` from an RMSNorm that adds what its precision calls for."""
+    left_open = state.kind == "rms_norm" and state.settings.get("eps", state.eps) is None
+    return None if left_open else state.eps
+
+
 def _epsilon(module: nn.Module, weight: Tensor | None) -> float:
-    """The eps that is added: torch's default is the precision of the input's type."""
+    """The eps that is added: torch's default is the precision that it computes in."""
     if isinstance(module.eps, float):
         return module.eps
-    return torch.finfo(torch.get_default_dtype() if weight is None else weight.dtype).eps
+    dtype = torch.get_default_dtype() if weight is None else weight.dtype
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def read_rms_norm_map(module: nn.Module) -> NormState:

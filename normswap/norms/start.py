@@ -104,6 +104,12 @@ def begin(
             "its weight is parametrized, so the start cannot rewrite it",
             'use carry="copy", or remove the parametrization first',
         )
+    notes = [note] if note else []
+    if running and state.kind and (carry == "fresh" or not state.tracks):
+        notes.append("running statistics begin at 0 and 1: run normswap.warmup")
+    gained = [name for name in names if getattr(state, name) is None]
+    if state.kind and gained:
+        notes.append(f"gains {' and '.join(gained)}, which no optimizer knows yet")
     return Start(
         fidelity=fidelity,
         shell=shell,
@@ -111,7 +117,7 @@ def begin(
         running=RUNNING_STATISTICS if running else (),
         values=values,
         frozen=frozen,
-        note=note,
+        note="; ".join(notes),
         fresh=carry == "fresh",
         pool=rule.train if rule.train.measures else None,
     )

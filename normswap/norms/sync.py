@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normswap.errors import DegeneratePooling
+
 __all__ = ["ranks", "synchronized_batch_norm"]
 
 Group = Any  # torch.distributed.ProcessGroup exists only where torch was built with distributed
@@ -30,6 +32,7 @@ def synchronized_batch_norm(
     factor: float,
     eps: float,
     group: Group | None,
+    name: str = "batch norm",
 ) -> Tensor:
     """Normalize x by the mean and variance of its channels over the batches of all ranks.
 
@@ -46,9 +49,10 @@ def synchronized_batch_norm(
         factor: weight of this batch in the running statistics.
         eps: added to the variance.
         group: the process group, ``None`` for the default one.
+        name: what an error calls the layer.
 
     Raises:
-        ValueError: all ranks together hold at most one value per channel.
+        DegeneratePooling: all ranks together hold at most one value per channel.
     """
     dims = [0, *range(2, x.ndim)]
     shape = [1, -1] + [1] * (x.ndim - 2)
@@ -63,8 +67,9 @@ def synchronized_batch_norm(
     )
     total = counts.sum().item()
     if total <= 1:
-        raise ValueError(
-            f"expected more than one value per channel over all ranks in training, got {total:.0f}"
+        raise DegeneratePooling(
+            f"{name}: expected more than one value per channel over all ranks in training, got "
+            f"{total:.0f}; use a larger batch"
         )
     mean = (counts * means).sum(0) / total
     var = (m2s + counts * (means - mean).square()).sum(0) / total

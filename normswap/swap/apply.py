@@ -133,7 +133,7 @@ def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scop
     made = furnish(state, start)
     new = made.module
     if isinstance(new, Norm):
-        new.path = site.path
+        new.site_path = site.path
     carry_over(old, new)
     refers = old.refers if isinstance(old, FunctionalNorm) else referred(old)
     if refers:

@@ -24,13 +24,13 @@ class Kept:
         module: the neighbour.
         name: the parameter's name.
         before: its values, or ``None`` if there was none.
-        print: what it was afterwards, in two sums: training since then shows in them.
+        after: its values afterwards: what has changed since then cannot be parted again.
     """
 
     module: nn.Module
     name: str
     before: Tensor | None
-    print: tuple[float, float] | None
+    after: Tensor
 
 
 class Pending:
@@ -64,7 +64,7 @@ class Pending:
                         module,
                         name,
                         None if before is None else before.detach().clone(),
-                        _print(value),
+                        value.detach().clone(),
                     )
                 )
                 self._put(module, name, value)
@@ -92,15 +92,16 @@ def restore(kept: Iterable[Kept], changes: Changes) -> None:
         changes: where the changes are collected.
 
     Raises:
-        CannotRevert: a parameter has been trained since, and both cannot be had.
+        CannotRevert: a parameter has changed since, and both cannot be had.
     """
     last: set[tuple[int, str]] = set()
     for one in reversed(list(kept)):
         key, own = (id(one.module), one.name), one.module._parameters[one.name]
-        if key not in last and own is not None and not _same(_print(own), one.print, own.dtype):
+        if key not in last and own is not None and not _same(own, one.after):
             raise CannotRevert(
-                f"the {one.name} of a {type(one.module).__name__} was trained after a norm was "
-                "folded into it, and cannot be parted from it again; keep a copy before folding"
+                f"the {one.name} of a {type(one.module).__name__} has changed since a norm was "
+                "folded into it (trained, or loaded), and the two cannot be parted again; keep a "
+                "copy of the model before folding"
             )
         last.add(key)
         if one.before is None:
@@ -109,19 +110,6 @@ def restore(kept: Iterable[Kept], changes: Changes) -> None:
             changes.writes.append((own, one.before.to(own)))
 
 
-def _print(tensor: Tensor) -> tuple[float, float] | None:
-    """Two sums that training does not leave alone; nothing where there are no values."""
-    if tensor.device.type == "meta":
-        return None
-    values = tensor.detach().double()
-    return float(values.sum()), float(values.abs().sum())
-
-
-def _same(
-    now: tuple[float, float] | None, then: tuple[float, float] | None, dtype: torch.dtype
-) -> bool:
-    """Whether two prints are of the same values, up to a change of precision."""
-    if now is None or then is None:
-        return True
-    slack = 4 * torch.finfo(dtype).eps * max(then[1], 1e-30)
-    return all(abs(a - b) <= slack for a, b in zip(now, then, strict=True))
+def _same(now: Tensor, then: Tensor) -> bool:
+    """Whether values are what they were, up to a change of precision."""
+    return now.is_meta or then.is_meta or torch.equal(now, then.to(now))

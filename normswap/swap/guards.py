@@ -38,7 +38,9 @@ def refuse_unsupported(model: nn.Module) -> None:
 
 def _problem(module: nn.Module, wrappers: tuple[type, ...]) -> str:
     if isinstance(module, torch.jit.ScriptModule) and _holds_norms(module):
-        return "is a ScriptModule, whose layers cannot be replaced; convert first, then script"
+        return (
+            "is a ScriptModule, whose layers cannot be replaced; convert the model it was made of"
+        )
     if isinstance(module, wrappers):
         return (
             "is wrapped for several ranks, which has registered its parameters; "

@@ -12,7 +12,7 @@ from normswap.graph.modules import require_module
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.functional import FunctionalNorm
 from normswap.norms.furnish import Furnished
-from normswap.norms.spec import Target
+from normswap.norms.spec import NormSpec, Target
 from normswap.swap.beside import Kept
 from normswap.swap.carry import share_hooks
 from normswap.swap.changes import ABSENT, Changes
@@ -42,7 +42,7 @@ class Record:
 
     Args:
         original: the module that stood here before the first conversion.
-        spec: what the norm was asked to be.
+        spec: what the norm was asked to be; the name of a class that is not registered.
         fidelity: how faithfully it started.
         note: what was worth saying about it.
         carried: names of tensors that are still the original's own.
@@ -53,7 +53,7 @@ class Record:
     """
 
     original: nn.Module
-    spec: Target
+    spec: NormSpec | str
     fidelity: Fidelity
     note: str
     carried: frozenset[str]
@@ -124,7 +124,7 @@ def keep(
     """
     step = Record(
         original=old,
-        spec=spec,
+        spec=spec if isinstance(spec, NormSpec) else spec.name,
         fidelity=fidelity,
         note=note,
         carried=made.carried,

@@ -28,6 +28,13 @@ from normswap.swap.targets import To, Wanted, wanted
 __all__ = ["plan"]
 
 
+_REMEDIES = {
+    "batch": "give larger example_inputs, and train on larger batches",
+    "group": "use fewer groups or larger maps",
+    "position": "use more channels",
+}
+
+
 def plan(
     model: nn.Module,
     to: To,
@@ -173,7 +180,7 @@ def _checked(site: NormSite, state: NormState, start: Start) -> Start:
         if pool.values(sizes[0], state.num_features, math.prod(sizes[2:])) <= 1:
             raise CannotConvert(
                 f"on its input {shape} each statistic would be pooled over a single value",
-                "use fewer groups, larger inputs, or leave it out by skip=",
+                f"{_REMEDIES[pool.over]}, or leave it out by skip=",
             )
     if site.input_shapes is not None or pool.values(1, state.num_features, 1) > 1:
         return start

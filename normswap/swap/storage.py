@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normswap.errors import RecipeError
@@ -42,6 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{name} in the state dict is a {type(value).__name__}, and safetensors holds "
                 "tensors only; save this model by torch.save"
             )
+        if value.is_meta:
+            raise RecipeError(f"{name} is on the meta device and has no values to save")
         place = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
         kept = first.setdefault(place, name) if value.numel() else name
         if kept == name:
@@ -65,22 +68,32 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         RecipeError: the file is of another model, or none of normswap's; the model is as it was.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RecipeError(f"{os.fspath(path)} is no safetensors file: {error}") from None
     if _KEY not in metadata:
         raise RecipeError(f"{os.fspath(path)} holds no recipe; write it by normswap.save")
     for name, kept in json.loads(metadata.get(_ALIASES, "{}")).items():
         tensors[name] = tensors[kept]
     planned = recipe_plan(model, json.loads(metadata[_KEY]), carry="copy")
     applied = apply_steps(model, planned or (), scoped=True)
-    misfit = _misfit(applied.model, tensors)
-    if misfit:
+    before = {name: value.clone() for name, value in applied.model.state_dict().items()}
+    try:
+        misfit = _misfit(applied.model, tensors)
+        if misfit:
+            raise RecipeError(f"{os.fspath(path)} is of another model: {misfit}")
+        applied.model.load_state_dict(tensors)
+    except BaseException:
+        with torch.no_grad():
+            for name, value in applied.model.state_dict().items():
+                value.copy_(before[name])
         undo(applied)
-        raise RecipeError(f"{os.fspath(path)} is of another model: {misfit}")
-    applied.model.load_state_dict(tensors)
+        raise
     return applied.model
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -25,6 +26,24 @@ def _momentum(site: NormSite) -> float | None:
     if record is None or "momentum" in site.state.settings:
         return site.state.momentum
     return read_site(record.original, site.path).state.momentum
+
+
+def _misfit(site: NormSite, module: Any, *, before: bool) -> str:
+    """Why a layer's channels are not the norm's; empty if they are."""
+    linear = isinstance(module, nn.Linear)
+    side = "out" if before else "in"
+    size = getattr(module, f"{side}_features" if linear else f"{side}_channels")
+    if size != site.num_features:
+        return f"its {size} channels are not the norm's {site.num_features}"
+    if not linear or site.channel_dim != 1:
+        return ""
+    if site.input_shape is None:
+        return (
+            "a Linear's features are last, and the norm's channels may not be: give example_inputs"
+        )
+    return (
+        "" if len(site.input_shape) == 2 else "its features are not where the norm's channels are"
+    )
 
 
 class Surroundings:
@@ -80,7 +99,7 @@ class Surroundings:
             problem = f"a hook stands between it and {around.producer}"
         elif not around.feeds_alone:
             problem = f"something else reads the output of {around.producer}"
-        return self._neighbour(site, around.producer, problem)
+        return self._neighbour(site, around.producer, problem, before=True)
 
     def _consumer(self, site: NormSite) -> Neighbour:
         around = site.around
@@ -91,11 +110,12 @@ class Surroundings:
         module = self._model.get_submodule(around.consumer)
         hooked = module._forward_pre_hooks or site.module._forward_hooks
         problem = f"a hook stands between it and {around.consumer}" if hooked else ""
-        return self._neighbour(site, around.consumer, problem)
+        return self._neighbour(site, around.consumer, problem, before=False)
 
-    def _neighbour(self, site: NormSite, path: str, problem: str) -> Neighbour:
-        module = self._model.get_submodule(path)
+    def _neighbour(self, site: NormSite, path: str, problem: str, *, before: bool) -> Neighbour:
+        module: Any = self._model.get_submodule(path)
         calls = site.neighbourhood_calls(module)
+        problem = problem or _misfit(site, module, before=before)
         if site.around is not None and site.around.calls != 1:
             problem = f"the norm is called {site.around.calls} times"
         elif calls != 1:

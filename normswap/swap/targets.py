@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +22,11 @@ One = str | Target | type[nn.Module] | Callable[..., Any]
 
 #: One of these, or an ordered mapping of selectors to them, where ``None`` leaves alone.
 To = One | Mapping[Any, One | None]
+
+#: What people call a number of channels.
+_CHANNELS = frozenset(
+    {"c", "ch", "n", "channels", "dim", "features", "num_channels", "num_features", "planes"}
+)
 
 #: For a site, what it is to become, or ``None``.
 Chooser = Callable[[NormSite], "Target | None"]
@@ -104,11 +110,13 @@ def _target(one: Any, options: Mapping[str, Any]) -> Target | None:
 def _asked(
     function: Callable[..., Any], options: Mapping[str, Any], site: NormSite
 ) -> Target | None:
-    """Ask a function of the site, or, where it does not take one, of the number of channels."""
+    """Ask a function of the site, or of the number of channels, whichever it is."""
+    factory = FactorySpec(function)
+    if _takes_channels(function):
+        return factory
     try:
         answer = function(site)
-    except TypeError as not_of_the_site:
-        factory = FactorySpec(function)
+    except Exception as not_of_the_site:
         try:
             factory.make(site.num_features)
         except OptionError:
@@ -117,3 +125,12 @@ def _asked(
     if isinstance(answer, nn.Module):
         return FactorySpec(lambda num_features: answer)
     return None if answer is None else _chooser(answer, options)(site)
+
+
+def _takes_channels(function: Callable[..., Any]) -> bool:
+    """Whether a function's first parameter is a number of channels, by annotation or name."""
+    try:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except ValueError:
+        return False
+    return first is not None and (first.annotation in (int, "int") or first.name in _CHANNELS)

@@ -74,7 +74,7 @@ def test_a_batch_of_one_value_is_refused_in_training(norm: str) -> None:
 
 def test_the_message_names_the_place_and_the_way_out() -> None:
     module = build("gn", CHANNELS, num_groups=CHANNELS)
-    module.path = "layer4.bn2"
+    module.site_path = "layer4.bn2"
     with pytest.raises(DegeneratePooling, match=r"layer4\.bn2 \(GroupNorm\).*skip="):
         module(torch.ones(2, CHANNELS, 1, 1))
 

@@ -73,25 +73,25 @@ def net(name: str) -> tuple[Any, Tensor]:
 def test_evaluation_is_the_same(name: str) -> None:
     model, x = net(name)
     evaluated = outputs(model, x)
-    (step,) = normswap.plan(model, "fold")
+    (step,) = normswap.plan(model, "fold", example_inputs=x)
     assert step.fidelity == "eval"
-    normswap.convert(model, "fold")
+    normswap.convert(model, "fold", example_inputs=x)
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     agree(outputs(model, x), evaluated)
 
 
 @every_net
 def test_it_comes_back_bit_for_bit(name: str) -> None:
-    model, _ = net(name)
+    model, x = net(name)
     before = Snapshot(model)
-    normswap.revert(normswap.convert(model, "fold"))
+    normswap.revert(normswap.convert(model, "fold", example_inputs=x))
     before.assert_kept(model)
 
 
 @every_net
 def test_twice_equals_once(name: str) -> None:
-    model, _ = net(name)
-    normswap.convert(model, "fold")
+    model, x = net(name)
+    normswap.convert(model, "fold", example_inputs=x)
     once = Snapshot(model)
     normswap.convert(model, "fold")
     once.assert_kept(model, untouched=True)
@@ -139,7 +139,7 @@ def test_once_trained_it_cannot_be_taken_apart_and_says_so() -> None:
     model = normswap.convert(batch_net(), "fold")
     train_step(model, image(), torch.optim.SGD(model.parameters(), lr=0.1))
     before = Snapshot(model)
-    with pytest.raises(NormSwapError, match="trained after a norm was folded into it"):
+    with pytest.raises(NormSwapError, match="has changed since a norm was folded into it"):
         normswap.revert(model)
     before.assert_kept(model, untouched=True)
 
@@ -240,3 +240,35 @@ def test_a_norm_that_pools_over_each_sample_cannot_be_folded() -> None:
     model = filled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8)))
     with pytest.raises(NothingToConvert, match="running statistics"):
         normswap.convert(model, "fold", where="*")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_smallest_change_since_is_noticed(dtype: torch.dtype) -> None:
+    model = normswap.convert(batch_net().to(dtype), "fold")
+    with torch.no_grad():
+        first = model[0].weight.view(-1)[:1]
+        first.copy_(torch.nextafter(first, first + 1))
+    with pytest.raises(NormSwapError, match="has changed since"):
+        normswap.revert(model)
+
+
+def test_a_linear_before_a_norm_over_positions_is_not_folded() -> None:
+    """BatchNorm1d over (B, L, D) normalizes L, and the linear's features are D."""
+    model = filled(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    for inputs in (None, numbers(2, 8, 8)):
+        with pytest.raises(NothingToConvert, match="features"):
+            normswap.convert(model, "fold", example_inputs=inputs)
+
+
+def test_a_linear_before_a_norm_of_features_is_folded() -> None:
+    model = filled(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))).eval().double()
+    x = numbers(4, 8, dtype=torch.float64)
+    before = model(x)
+    normswap.convert(model, "fold", example_inputs=x)
+    agree(model(x), before)
+
+
+def test_a_linear_of_another_size_is_named() -> None:
+    model = filled(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(8)))
+    with pytest.raises(NothingToConvert, match="6 channels are not the norm's 8"):
+        normswap.convert(model, "fold")

@@ -218,13 +218,13 @@ def test_strict_with_nothing_to_skip() -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_a_script_module() -> None:
-    refused(torch.jit.script(batch_net()), UnsupportedModel, "ScriptModule", "then script")
+    refused(torch.jit.script(batch_net()), UnsupportedModel, "ScriptModule", "convert the model")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_a_script_module_in_a_model() -> None:
     model = nn.Sequential(torch.jit.script(batch_net()), nn.BatchNorm2d(8))
-    refused(model, UnsupportedModel, "0 (", "ScriptModule", "convert first")
+    refused(model, UnsupportedModel, "0 (", "ScriptModule", "convert the model")
 
 
 @pytest.fixture

@@ -150,3 +150,45 @@ def test_an_error_in_a_function_of_the_site_is_its_own() -> None:
 def test_a_class_takes_its_options_itself() -> None:
     with pytest.raises(OptionError, match="eps"):
         normswap.convert(batch_net(), nn.SyncBatchNorm, eps=1)
+
+
+class Shaped(nn.Module):
+    """Of no class that normswap knows: its affine is not (C,)."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1, num_features, 1, 1), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.mark.filterwarnings("ignore::normswap.errors.NormSwapWarning")
+@pytest.mark.parametrize(("to", "carry"), [(Shaped, "auto"), (Gain, "fresh")])
+def test_a_class_of_its_own_keeps_the_affine_that_does_not_fit(to: Any, carry: str) -> None:
+    model = normswap.convert(batch_net(), to, carry=carry)
+    assert (model[1].weight.flatten() == (3 if to is Shaped else 5)).all()
+    assert outputs(model, image()).shape == (4, CHANNELS, 6, 6)
+
+
+class Remembers(nn.Module):
+    """Makes nothing of its argument but a note."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::normswap.errors.NormSwapWarning")
+@pytest.mark.parametrize("to", [lambda c: Remembers(c), lambda planes: Remembers(planes)])
+def test_a_function_of_channels_is_told_by_its_parameter(to: Any) -> None:
+    assert normswap.convert(batch_net(), to)[1].num_features == CHANNELS
+
+
+def test_a_function_of_channels_that_looks_them_up() -> None:
+    groups = {CHANNELS: 4}
+    model = normswap.convert(batch_net(), lambda width: nn.GroupNorm(groups[width], width))
+    assert model[1].num_groups == 4
