@@ -76,7 +76,7 @@ class _Reading:
         Raises:
             LookupError: with the name of an argument that is not the module's own.
         """
-        tensors = {name: self._tensor(name) for name in _TENSORS}
+        tensors: dict[str, Any] = {name: self._tensor(name) for name in _TENSORS}
         kind = self.call.kind
         size = self._size(tensors)
         rule, settings = self._rule(size, tensors)
@@ -141,7 +141,10 @@ class _Reading:
         attribute = self.forward.attribute(expression)
         if attribute is None:
             raise LookupError(name)
-        value = attrgetter(attribute)(self.module)
+        try:
+            value = attrgetter(attribute)(self.module)
+        except AttributeError:
+            raise LookupError(name) from None
         if value is not None:
             self.refers[name] = attribute
         return value  # type: ignore[no-any-return]

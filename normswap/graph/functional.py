@@ -100,7 +100,10 @@ class Forward:
         if not plain or not names <= {own, *scope} or names & (_locals(self.function) - {own}):
             raise LookupError(ast.unparse(expression))
         code = compile(ast.fix_missing_locations(ast.Expression(expression)), "<norm>", "eval")
-        return eval(code, dict(scope), {own: _InMode(module, training)})
+        try:
+            return eval(code, dict(scope), {own: _InMode(module, training)})
+        except Exception as error:
+            raise LookupError(f"{ast.unparse(expression)}: {error}") from None
 
     def attribute(self, expression: ast.expr | None) -> str | None:
         """The dotted attribute of the module that an expression is, or ``None``."""
@@ -139,6 +142,7 @@ def _parsed(function: Callable[..., Any]) -> Forward | None:
         return None
     if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or not tree.args.args:
         return None
+    _mangle(tree, function.__qualname__)
     scope = _scope(function)
     found = [
         (node, known)
@@ -159,6 +163,14 @@ def _parsed(function: Callable[..., Any]) -> Forward | None:
         depends = normalized is not None and bool(_names(normalized) & touched)
         calls.append(Call(index, kind, first + node.lineno, given, depends))
     return Forward(function, tree, tuple(node for node, _ in found), tuple(calls))
+
+
+def _mangle(tree: ast.FunctionDef, qualname: str) -> None:
+    """Give private attributes the names that they have outside of their class's body."""
+    owner = qualname.split(".")[-2].lstrip("_") if "." in qualname else ""
+    for node in ast.walk(tree) if owner else ():
+        if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+            node.attr = node.attr if node.attr.endswith("__") else f"_{owner}{node.attr}"
 
 
 def _in_order(tree: ast.AST) -> list[ast.AST]:

@@ -1,4 +1,4 @@
-"""A functional norm as a source: a call in somebody's forward, with tensors that are the owner's."""
+"""A functional norm as a source: a call in somebody's forward, with tensors of the owner's."""
 
 from __future__ import annotations
 

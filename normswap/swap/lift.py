@@ -27,16 +27,24 @@ __all__ = ["is_lifted", "lifted_class", "without_norms"]
 _CALL = "__normswap_call__"
 
 
-@cache
 def lifted_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass whose forward asks the instance for a norm at each call of a norm function.
 
     Raises:
-        CannotConvert: the forward's source cannot be compiled again.
+        CannotConvert: the forward's source cannot be read.
     """
+    hashable: Any = cls
+    made: type[nn.Module] = _generated(hashable)
+    return made
+
+
+@cache
+def _generated(cls: Any) -> Any:
     forward = forward_of(cls)
     if forward is None:
-        raise CannotConvert(f"the source of {cls.__name__}.forward cannot be read", "skip it")
+        raise CannotConvert(
+            f"the source of {cls.__name__}.forward cannot be read", "leave it out by skip="
+        )
     members = {
         "forward": _rewritten(forward),
         "_normswap_base": cls,

@@ -1,0 +1,300 @@
+"""Calls of norm functions in a forward are sites: converted in their places, and back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+import normswap
+from normswap.errors import NormSwapError, NothingToConvert
+from tests.swap.helpers import Snapshot, filled, image, numbers, same_bits
+
+pytestmark = pytest.mark.filterwarnings("ignore::normswap.errors.NormSwapWarning")
+
+C = 8
+
+
+class Mixed(nn.Module):
+    """Functional norms, dropout and a branch that an attribute decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, C, 3)
+        self.weight, self.bias = nn.Parameter(torch.ones(C)), nn.Parameter(torch.zeros(C))
+        self.register_buffer("mean", torch.zeros(C))
+        self.register_buffer("var", torch.ones(C))
+        self.gain, self.offset = nn.Parameter(torch.ones(C)), nn.Parameter(torch.zeros(C))
+        self.table = nn.Parameter(torch.randn(4, C))
+        self.groups, self.fancy, self.rate, self.eps = 2, True, 0.5, 1e-3
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        rows = F.layer_norm(self.table, (C,))  # of weights, not of an activation
+        x = self.conv(x)
+        y = F.batch_norm(
+            x, self.mean, self.var, self.weight, self.bias,
+            training=self.training, momentum=0.2, eps=self.eps,
+        )  # fmt: skip
+        y = F.dropout(F.relu(y), self.rate, self.training)
+        if self.fancy:
+            return y + F.group_norm(y, self.groups, self.gain, self.offset) * scale
+        return y * rows.mean()
+
+
+def mixed() -> Any:
+    return filled(Mixed())
+
+
+def run(model: Any, *, train: bool = False, fancy: bool = True, **arguments: Any) -> Tensor:
+    torch.manual_seed(0)
+    model.fancy = fancy
+    return model.train(train)(image(), **arguments)
+
+
+def test_they_are_found_under_their_owner_with_their_line() -> None:
+    sites = normswap.find(mixed())
+    assert [(s.kind, s.origin, s.num_features) for s in sites] == [
+        ("batch_norm", "functional", C),
+        ("group_norm", "functional", C),
+    ]
+    assert "F.batch_norm, line" in str(sites)
+    line = inspect.getsourcelines(Mixed.forward)[1] + 3
+    assert f"line {line}" in sites[0].label
+
+
+@pytest.mark.parametrize("fancy", [True, False])
+@pytest.mark.parametrize("train", [True, False])
+def test_sync_bn_is_exact_in_both_modes_and_on_both_branches(train: bool, fancy: bool) -> None:
+    plain, model = mixed(), normswap.convert(mixed(), "sync_bn")
+    torch.testing.assert_close(
+        run(model, train=train, fancy=fancy), run(plain, train=train, fancy=fancy)
+    )
+    assert same_bits(model.mean, plain.mean)
+    assert same_bits(model.var, plain.var)
+    assert (model.mean != mixed().mean).any() or not train
+
+
+def test_frozen_bn_moves_no_buffer() -> None:
+    model = normswap.convert(mixed(), "frozen_bn")
+    before = model.mean.clone()
+    run(model, train=True)
+    assert same_bits(model.mean, before)
+    assert not model.weight.requires_grad
+
+
+def test_tensors_stay_the_owners_under_their_keys() -> None:
+    plain, model = mixed(), mixed()
+    weight = model.weight
+    normswap.convert(model, "sync_bn")
+    assert model.weight is weight
+    assert set(model.state_dict()) - set(plain.state_dict()) == {
+        "functional_batch_norm_1.num_batches_tracked"
+    }
+    assert len(list(model.parameters())) == len(list(plain.parameters()))
+
+
+def test_the_signature_and_the_class_stay() -> None:
+    model = normswap.convert(mixed(), "sync_bn")
+    assert inspect.signature(model.forward) == inspect.signature(mixed().forward)
+    assert isinstance(model, Mixed)
+    assert type(model).__name__ == "Mixed"
+    assert not same_bits(run(model, scale=2.0), run(model, scale=1.0))
+
+
+def test_moment_matched_and_reverted() -> None:
+    model = mixed()
+    before, evaluated = Snapshot(model), run(model)
+    normswap.convert(model, "gn", num_groups=1, where="kind:batch_norm")
+    assert normswap.report(model)[0].fidelity == "matched"
+    assert not same_bits(run(model), evaluated)
+    model.train()
+    before.assert_kept(normswap.revert(model))
+    assert type(model) is Mixed
+
+
+def test_the_same_call_twice_equals_once() -> None:
+    model = normswap.convert(mixed(), "gn", where="*")
+    once = Snapshot(model)
+    normswap.convert(model, "gn", where="*")
+    once.assert_kept(model, untouched=True)
+
+
+def test_a_chain_goes_back_to_the_call() -> None:
+    model = mixed()
+    before = Snapshot(model)
+    normswap.convert(normswap.convert(model, "sync_bn"), "gn", where="kind:batch_norm")
+    assert "functional_batch_norm_1.weight" not in model.state_dict()
+    before.assert_kept(normswap.revert(model))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_have_tensors_of_their_own_and_go_back(way: str) -> None:
+    model = normswap.convert(mixed(), "sync_bn")
+    clone: Any = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert same_bits(run(clone), run(model))
+    with torch.no_grad():
+        clone.weight.zero_()
+    assert not same_bits(run(clone), run(model))
+    assert type(normswap.revert(clone)) is Mixed
+    assert type(model) is not Mixed
+
+
+def test_a_move_to_another_precision_takes_the_norm_along() -> None:
+    model = normswap.convert(mixed(), "sync_bn").double()
+    plain = mixed().double()
+    x = image().double()
+    assert same_bits(model.eval()(x), plain.eval()(x))
+    model.train()(x), plain.train()(x)
+    assert model.mean.dtype == torch.float64
+
+
+def test_it_trains() -> None:
+    model = mixed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    normswap.convert(model, "gn", where="*")
+    before = model.weight.detach().clone()
+    run(model, train=True).square().sum().backward()
+    optimizer.step()
+    assert (model.weight != before).any()
+
+
+def test_an_error_in_the_middle_leaves_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixed()
+    before = Snapshot(model)
+
+    def failing(*args: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", failing)
+        with pytest.raises(KeyboardInterrupt):
+            normswap.convert(model, "gn", num_groups=1, where="*")
+    before.assert_kept(model)
+    assert type(model) is Mixed
+
+
+def test_inside_a_block_only() -> None:
+    model = mixed()
+    before = Snapshot(model)
+    with normswap.converted(model, "sync_bn"):
+        assert type(model) is not Mixed
+    before.assert_kept(model)
+
+
+def test_one_compiled_graph() -> None:
+    torch._dynamo.reset()
+    model = normswap.convert(mixed(), "sync_bn").eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(image()), model(image()))
+
+
+# -- forms of calls and forwards ----------------------------------------------------------------
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.ones(C)), nn.Parameter(torch.zeros(C))
+        self.__eps = 1e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, x.shape[-1:], self.w, self.b, self.__eps)
+
+
+class Derived(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(super().forward(x) * 2, [C], self.w, None, 1e-5)
+
+
+class Closed(Base):
+    pass
+
+
+def closed() -> type[nn.Module]:
+    shift = 3.0
+
+    class Inner(Base):
+        def forward(self, x: Tensor, factor: float = 2.0) -> Tensor:
+            return F.rms_norm(x + shift, (C,), self.w) * factor
+
+    return Inner
+
+
+class Instance(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.instance_norm(x, self.w, self.b, None, None, True, 0.1, 1e-4, False)
+
+
+TOKENS = (2, 5, C)
+FORMS = {
+    "an imported name, a private attribute": (Base, TOKENS, "rms"),
+    "torch's twin, super()": (Derived, TOKENS, "rms"),
+    "a parent's forward": (Closed, TOKENS, "rms"),
+    "a closure, a default": (closed(), TOKENS, "ln"),
+    "instance norm": (Instance, (2, C, 5, 4), "gn"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_of_call_goes_there_and_back(name: str) -> None:
+    make, shape, target = FORMS[name]
+    model: Any = filled(make())
+    x = numbers(*shape)
+    before, plain = Snapshot(model), model(x)
+    normswap.convert(model, target, where="*")
+    assert type(model) is not make
+    assert not same_bits(model(x), plain)
+    before.assert_kept(normswap.revert(model))
+    assert same_bits(model(x), plain)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_converting_to_what_it_is_changes_nothing(name: str) -> None:
+    make, _, _ = FORMS[name]
+    model: Any = filled(make())
+    own = {"layer_norm": "ln", "rms_norm": "rms", "instance_norm": "in"}
+    (site,) = normswap.find(model)
+    normswap.convert(model, own[site.kind], where="*")
+    assert type(model) is make
+
+
+def test_weight_standardization_is_no_site() -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.batch_norm(
+                self.weight.reshape(1, self.out_channels, -1), None, None, training=True
+            ).reshape_as(self.weight)
+            return F.conv2d(x, weight)
+
+    assert len(normswap.find(Standardized(3, C, 1))) == 0
+
+
+def test_what_the_forward_computes_is_listed_with_the_reason() -> None:
+    class Computed(Base):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return F.layer_norm(x, (C,), self.w * scale)
+
+    model = Computed()
+    (site,) = normswap.find(model)
+    assert "weight" in site.obstacle
+    with pytest.raises(NothingToConvert, match="weight is computed in the forward"):
+        normswap.convert(model, "rms", where="*")
+
+
+def test_a_forward_without_source_is_left_alone() -> None:
+    names: dict[str, Any] = {"nn": nn, "F": F}
+    exec("class M(nn.Module):\n def forward(self, x):\n  return F.layer_norm(x, (8,))", names)
+    with pytest.raises(NormSwapError):
+        normswap.convert(names["M"](), "rms", where="*")
+
+
+def test_timms_weight_standardization_is_no_site() -> None:
+    timm = pytest.importorskip("timm")
+    assert len(normswap.find(timm.create_model("dm_nfnet_f0", pretrained=False))) == 0
