@@ -58,6 +58,8 @@ def find(model: nn.Module, example_inputs: Any = None) -> Sites:
                 inside.discard(id(module))
             norms[id(module)] = module
             names.setdefault(id(module), []).append(path)
+        elif known[cls] or id(module) in inside:
+            continue
         elif forward_of(own_class(module)) is not None:
             callers.setdefault(id(module), (module, []))[1].append(path)
     neighbourhood = Neighbourhood(model)
