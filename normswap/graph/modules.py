@@ -96,6 +96,8 @@ def read_site(
     obstacle = _obstacle(module, known_class)
     unready = uninitialised(module) or quantized(module)
     state = _unread(module) if unready else read(module)
+    if not obstacle and not state.norm:
+        obstacle = f"{state.obstacle}; leave it out by skip="
     return NormSite(
         path=path,
         kind=state.kind,

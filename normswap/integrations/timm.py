@@ -13,6 +13,7 @@ from normswap.norms.entry import Reader
 from normswap.norms.frozen import read_frozen_batch_norm
 from normswap.norms.group import read_group_norm
 from normswap.norms.layer import read_layer_norm
+from normswap.norms.pool import NOTHING, Rule
 from normswap.norms.registry import add_readers
 from normswap.norms.rms import read_rms_norm
 from normswap.norms.state import NormState
@@ -44,19 +45,48 @@ _READERS: dict[Reader, tuple[str, ...]] = {
 }
 
 
+#: What is known by class and left alone: the family and why nothing can be started from it.
+_KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
+    ("grn", "it is no standardization: its output scales with its input"): ("GlobalResponseNorm",),
+    ("evonorm", "its activation is a part of its formula"): tuple(
+        f"EvoNorm2d{form}" for form in ("B0", "B1", "B2", "S0", "S0a", "S1", "S1a", "S2", "S2a")
+    ),
+    ("frn", "it keeps no mean, and may end in a threshold of its own"): (
+        "FilterResponseNormAct2d",
+        "FilterResponseNormTlu2d",
+    ),
+    ("simple_norm", "it divides by the standard deviation and subtracts no mean"): (
+        "SimpleNorm",
+        "SimpleNorm2d",
+        "SimpleNormFp32",
+        "SimpleNorm2dFp32",
+    ),
+}
+
+
 def install() -> None:
     """Teach the registry and the tracer what timm knows; doing it twice changes nothing."""
     from timm import layers
+    from timm.layers import grn, norm
 
-    add_readers(
-        {
-            getattr(layers, name): partial(_read_with_tail, read)
-            for read, names in _READERS.items()
-            for name in names
-            if hasattr(layers, name)
-        }
-    )
+    readers = {name: partial(_read_with_tail, read) for read, n in _READERS.items() for name in n}
+    readers |= {name: partial(_read_known, *about) for about, n in _KNOWN.items() for name in n}
+    for module in (layers, norm, grn):  # not all are exported
+        held = vars(module)
+        add_readers({held[name]: read for name, read in readers.items() if name in held})
     leave_whole(layers.get_notrace_modules(), layers.get_notrace_functions())
+
+
+def _read_known(kind: str, obstacle: str, module: nn.Module) -> NormState:
+    """Read a layer that is known and left alone."""
+    weight = module._parameters.get("weight")
+    return NormState(
+        norm="",
+        kind=kind,
+        num_features=0 if weight is None else weight.numel(),
+        rule=Rule.always(NOTHING),
+        obstacle=obstacle,
+    )
 
 
 def _read_with_tail(read: Reader, module: nn.Module) -> NormState:

@@ -35,7 +35,8 @@ class NormState:
     """One normalization, told in terms that belong to no family.
 
     Args:
-        norm: registry name of the norm that was read.
+        norm: registry name of the norm that was read; empty for one that is known and that
+            nothing can be started from, as ``obstacle`` says.
         kind: its family: ``"batch_norm"``, ``"group_norm"``, ...
         num_features: number of channels, C.
         rule: what it pools over in train and in eval mode.

@@ -28,8 +28,13 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.float32, torch.float64, torch.bfloat16),
     "training": (True, False),
     "trainable": (True, False),
+    "tracks": (True, False),
 }
 
+#: Sources whose running statistics are optional.
+OPTIONAL = ("bn", "in")
+
+TRACKING = ("bn", "sync_bn", "frozen_bn", "in")
 SLACK = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}
 
 
@@ -61,9 +66,9 @@ def test_the_rows_cover_every_pair_of_values() -> None:
 
 def model_of(norm: str, row: dict[str, Any]) -> Any:
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[row["dim"] - 1]
-    model = filled(
-        nn.Sequential(conv(3, CHANNELS, 1), normswap.build(norm, CHANNELS, dim=row["dim"]))
-    )
+    options = {"track_running_stats": row["tracks"]} if norm in OPTIONAL else {}
+    built = normswap.build(norm, CHANNELS, dim=row["dim"], **options)
+    model = filled(nn.Sequential(conv(3, CHANNELS, 1), built))
     if norm != "identity":
         if row["affine"] != "both":
             model[1].register_parameter("bias", None)
@@ -99,7 +104,7 @@ def test_every_pair_keeps_its_promises(source: str, target: str) -> None:
             (step,) = normswap.plan(model, target, where="*").of("convert", "already")
         except NothingToConvert:
             assert target == "frozen_bn"
-            assert source not in ("bn", "sync_bn")
+            assert source not in TRACKING or (source in OPTIONAL and not row["tracks"])
             continue
         normswap.convert(model, target, where="*")
 
