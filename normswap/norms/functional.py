@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from normswap.norms.state import NormState
 __all__ = [
     "FunctionalNorm",
     "child_name",
+    "own_for_a_while",
     "read_functional",
     "refer",
+    "refer_again",
     "referred",
     "refresh",
 ]
@@ -71,6 +73,33 @@ def refer(norm: nn.Module, attributes: Mapping[str, str]) -> None:
 def referred(norm: nn.Module) -> dict[str, str]:
     """What a norm refers to: its tensors' names with the owner's attributes."""
     return dict(vars(norm).get(_REFERS, {}))
+
+
+def own_for_a_while(norm: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Let a norm have tensors of its own instead of those that it refers to.
+
+    Args:
+        norm: the norm.
+        names: of the tensors that it is to have itself until `refer_again`.
+
+    Returns:
+        What it referred to before, for `refer_again`.
+    """
+    before = referred(norm)
+    if before:
+        vars(norm)[_REFERS] = {k: v for k, v in before.items() if k not in names}
+        for name in before.keys() & set(names):
+            norm._buffers[name] = vars(norm).pop(name)
+    return before
+
+
+def refer_again(norm: nn.Module, before: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Undo `own_for_a_while`: refer to the owner's tensors again."""
+    if before:
+        vars(norm)[_REFERS] = dict(before)
+        for name, tensor in tensors.items():
+            norm._buffers.pop(name, None)
+            vars(norm)[name] = tensor
 
 
 def refresh(norm: nn.Module, owner: nn.Module) -> None:

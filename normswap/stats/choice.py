@@ -38,10 +38,8 @@ def choose(model: nn.Module, where: Selector | None) -> tuple[list[NormSite], di
         chosen = select(where, keepers, "where")
         for site in chosen:
             if not _updates(site):
-                raise StatisticsError(
-                    f"{site.label}: it is frozen by its class and measures nothing; convert it to "
-                    '"bn" first, or leave it out of where='
-                )
+                reason = _reason_to_leave(site, training=False)
+                raise StatisticsError(f"{site.label}: {reason}; or leave it out of where=")
         return chosen, {site.path: "not in where=" for site in keepers if site not in chosen}
     training = any(site.module.training for site in keepers if _updates(site))
     chosen, left = [], {}
@@ -67,8 +65,10 @@ def _updates(site: NormSite) -> bool:
 
 
 def _reason_to_leave(site: NormSite, *, training: bool) -> str:
+    if site.owner is not None:
+        return 'a call in a forward: convert it, say to "sync_bn", to have it measured'
     if not _updates(site):
-        return "frozen by its class"
+        return 'frozen by its class, and measures nothing until it is converted to "bn"'
     if not getattr(site.module, "track_running_stats", True):
         return "frozen by track_running_stats=False"
     if site.state.momentum == 0:

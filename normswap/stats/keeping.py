@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.graph.modules import find
+from normswap.graph.site import NormSite
+from normswap.norms.functional import FunctionalNorm
 
 __all__ = ["kept_modes", "preserve_stats"]
 
@@ -38,10 +40,10 @@ def preserve_stats(model: nn.Module) -> Iterator[nn.Module]:
         The model.
     """
     kept = [
-        (site.module._buffers, name, buffer, buffer.detach().clone())
+        (held, name, buffer, buffer.detach().clone())
         for site in find(model)
-        for name, buffer in site.module._buffers.items()
-        if buffer is not None
+        for held, name in _buffers_of(site)
+        if (buffer := held[name]) is not None
     ]
     try:
         yield model
@@ -53,3 +55,15 @@ def preserve_stats(model: nn.Module) -> Iterator[nn.Module]:
                 (buffer if now is None else now).copy_(value)
                 if now is None:
                     held[name] = buffer
+
+
+def _buffers_of(site: NormSite) -> Iterator[tuple[dict[str, Tensor | None], str]]:
+    """Where a site's buffers are: in its module, or for a call in the forward's owner."""
+    if isinstance(site.module, FunctionalNorm) and site.owner is not None:
+        for attribute in site.module.refers.values():
+            path, _, name = attribute.rpartition(".")
+            held = site.owner.get_submodule(path)._buffers
+            if name in held:
+                yield held, name
+    else:
+        yield from ((site.module._buffers, name) for name in site.module._buffers)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.graph.site import NormSite
 from normswap.norms.batch import SynchronizedBatchNorm
+from normswap.norms.functional import own_for_a_while, refer_again, referred
 from normswap.stats.accumulate import Batch, precise
 
 __all__ = ["UNTOUCHED", "Receive", "measuring"]
@@ -59,6 +60,9 @@ class _Meter:
         self.module: Any = site.module
         self.receive = receive
         self.handles: list[Any] = []
+        names = referred(self.module).keys() & set(_SCRATCH)
+        self.of_owner = {name: vars(self.module)[name] for name in names}
+        self.refers: dict[str, str] = {}
         self.buffers = dict(self.module._buffers)
         self.parameters = dict(self.module._parameters)
         self.momentum = self.module.momentum
@@ -70,6 +74,8 @@ class _Meter:
 
     def attach(self) -> None:
         module = self.module
+        self.refers = own_for_a_while(module, _SCRATCH)
+        self.buffers = dict(module._buffers)
         for name in _SCRATCH:
             own = self.buffers.get(name)
             if own is not None:
@@ -91,6 +97,7 @@ class _Meter:
             handle.remove()
         self.module._buffers.update(self.buffers)
         self.module._parameters.update(self.parameters)
+        refer_again(self.module, self.refers, self.of_owner)
         self.module.momentum = self.momentum
         for name in self.local:
             vars(self.module).pop(name, None)

@@ -298,3 +298,30 @@ def test_a_forward_without_source_is_left_alone() -> None:
 def test_timms_weight_standardization_is_no_site() -> None:
     timm = pytest.importorskip("timm")
     assert len(normswap.find(timm.create_model("dm_nfnet_f0", pretrained=False))) == 0
+
+
+# -- statistics ---------------------------------------------------------------------------------
+
+
+def test_preserve_stats_keeps_those_that_a_call_updates() -> None:
+    model = mixed()
+    before = model.mean.clone()
+    with normswap.preserve_stats(model):
+        run(model, train=True)
+        assert not same_bits(model.mean, before)
+    assert same_bits(model.mean, before)
+
+
+def test_a_call_is_not_measured_by_a_warm_up_and_the_report_says_so() -> None:
+    model = nn.Sequential(mixed(), nn.BatchNorm2d(C))
+    report = normswap.warmup(model, [image()])
+    assert [row.path for row in report.estimated] == ["1"]
+    assert "convert it" in report.left[0].status
+
+
+def test_once_converted_it_is_measured() -> None:
+    model = normswap.convert(mixed(), "sync_bn")
+    seen = model.conv(image()).detach()
+    normswap.warmup(model, [image()])
+    torch.testing.assert_close(model.mean, seen.mean((0, 2, 3)))
+    torch.testing.assert_close(model.var, seen.var((0, 2, 3)))
