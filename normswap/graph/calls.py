@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from normswap.graph.functional import Call, Forward, forward_of
 from normswap.norms.functional import FunctionalNorm, child_name
 from normswap.norms.pool import BATCH, NOTHING, POSITION, RUNNING, Pool, Rule, per_group
 from normswap.norms.state import NormState
 
-__all__ = ["functional_norms", "own_class"]
+__all__ = ["functional_norms", "holders", "own_class"]
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _NORMS = {
@@ -30,8 +31,18 @@ _RMS = Pool("position", centred=False)
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module was made of, if a conversion gave it a generated one."""
-    cls: type[nn.Module] = getattr(type(module), "_normswap_base", type(module))
+    cls: type[nn.Module] = vars(type(module)).get("_normswap_base", type(module))
     return cls
+
+
+def holders(module: nn.Module) -> Iterator[nn.Module]:
+    """The children whose tensors a module hands to norm functions without calling them."""
+    forward = forward_of(own_class(module))
+    for call in forward.calls if forward else ():
+        for expression in call.arguments.values():
+            attribute = forward.attribute(expression) if forward else None
+            if attribute is not None and "." in attribute:
+                yield module.get_submodule(attribute.rpartition(".")[0])
 
 
 def functional_norms(module: nn.Module) -> Iterator[tuple[FunctionalNorm, str]]:
@@ -51,11 +62,12 @@ def functional_norms(module: nn.Module) -> Iterator[tuple[FunctionalNorm, str]]:
         try:
             state, refers = _Reading(module, forward, call).state()
         except LookupError as error:
-            problem = f"its {error.args[0]} is computed in the forward, and not known before it"
+            problem = f"its {error.args[0]}, so that what it computes is not known"
             yield FunctionalNorm(words, name, _unknown(call), {}), problem
         else:
             stub = FunctionalNorm(words, name, state, refers)
             stub.training = module.training
+            stub.shared = any(forward.reads(attribute) > 1 for attribute in refers.values())
             yield stub, ""
 
 
@@ -76,6 +88,10 @@ class _Reading:
         Raises:
             LookupError: with the name of an argument that is not the module's own.
         """
+        if self.call.opaque:
+            raise LookupError("arguments are unpacked")
+        if parametrize.is_parametrized(self.module):
+            raise LookupError("module is parametrized")
         tensors: dict[str, Any] = {name: self._tensor(name) for name in _TENSORS}
         kind = self.call.kind
         size = self._size(tensors)
@@ -122,14 +138,14 @@ class _Reading:
         for tensor in tensors.values():
             if tensor is not None:
                 if tensor.ndim != 1:
-                    raise LookupError("affine of several dimensions")
+                    raise LookupError("affine has several dimensions")
                 return len(tensor)
         shape = self._value("normalized_shape", None)
         if shape is None:
-            raise LookupError("number of channels")
+            raise LookupError("number of channels is told by nothing")
         sizes = (shape,) if isinstance(shape, int) else tuple(shape)
         if len(sizes) != 1:
-            raise LookupError("normalized_shape of several dimensions")
+            raise LookupError("normalized_shape has several dimensions")
         return int(sizes[0])
 
     def _tensor(self, name: str) -> Tensor | None:
@@ -140,11 +156,13 @@ class _Reading:
             return None
         attribute = self.forward.attribute(expression)
         if attribute is None:
-            raise LookupError(name)
+            raise LookupError(f"{name} is computed in the forward")
+        if "." in attribute:
+            raise LookupError(f"{name} is another module's, {attribute}")
         try:
             value = attrgetter(attribute)(self.module)
         except AttributeError:
-            raise LookupError(name) from None
+            raise LookupError(f"{name} is not there") from None
         if value is not None:
             self.refers[name] = attribute
         return value  # type: ignore[no-any-return]
@@ -162,4 +180,4 @@ class _Reading:
                 self.forward.value(self.module, expression, training=False),
             )
         except LookupError:
-            raise LookupError(name) from None
+            raise LookupError(f"{name} is computed in the forward") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -62,6 +62,7 @@ class Call:
         line: the line of the file.
         arguments: the expressions of what it is given after its input, by parameter.
         normalizes_input: whether its input depends on the forward's arguments.
+        opaque: whether it is given unpacked arguments, of which nothing is known.
     """
 
     index: int
@@ -69,6 +70,7 @@ class Call:
     line: int
     arguments: Mapping[str, ast.expr]
     normalizes_input: bool
+    opaque: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Forward:
         Raises:
             LookupError: it is not the module's own: it depends on the input, or calls something.
         """
-        own = self.tree.args.args[0].arg
+        own = self.own
         names = {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}
         scope = _scope(self.function)
         plain = all(isinstance(node, _PLAIN) for node in ast.walk(expression))
@@ -105,13 +107,25 @@ class Forward:
         except Exception as error:
             raise LookupError(f"{ast.unparse(expression)}: {error}") from None
 
+    @property
+    def own(self) -> str:
+        """What the forward calls the module: ``self``."""
+        return _arguments(self.tree)[0].arg
+
+    def reads(self, attribute: str) -> int:
+        """How often the forward reads an attribute of the module."""
+        return sum(
+            isinstance(node, ast.Attribute) and self.attribute(node) == attribute
+            for node in ast.walk(self.tree)
+        )
+
     def attribute(self, expression: ast.expr | None) -> str | None:
         """The dotted attribute of the module that an expression is, or ``None``."""
         parts = []
         while isinstance(expression, ast.Attribute):
             parts.append(expression.attr)
             expression = expression.value
-        if isinstance(expression, ast.Name) and expression.id == self.tree.args.args[0].arg:
+        if isinstance(expression, ast.Name) and expression.id == self.own:
             return ".".join(reversed(parts)) or None
         return None
 
@@ -136,11 +150,8 @@ def _parsed(function: Callable[..., Any]) -> Forward | None:
     code = getattr(function, "__code__", None)
     if code is None or not _NAMES & set(code.co_names) or hasattr(function, "__wrapped__"):
         return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return None
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or not tree.args.args:
+    tree = _tree(function)
+    if tree is None or tree.decorator_list or not _arguments(tree):
         return None
     _mangle(tree, function.__qualname__)
     scope = _scope(function)
@@ -154,14 +165,15 @@ def _parsed(function: Callable[..., Any]) -> Forward | None:
     if not found:
         return None
     touched = _depends_on_arguments(tree)
-    first = code.co_firstlineno - 1
     calls = []
     for index, (node, (kind, parameters)) in enumerate(found):
         given = dict(zip(("input", *parameters), node.args, strict=False))
         given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
         normalized = given.pop("input", None)
         depends = normalized is not None and bool(_names(normalized) & touched)
-        calls.append(Call(index, kind, first + node.lineno, given, depends))
+        unpacked = any(isinstance(argument, ast.Starred) for argument in node.args)
+        unpacked |= any(keyword.arg is None for keyword in node.keywords)
+        calls.append(Call(index, kind, node.lineno, given, depends or unpacked, unpacked))
     return Forward(function, tree, tuple(node for node, _ in found), tuple(calls))
 
 
@@ -181,12 +193,45 @@ def _in_order(tree: ast.AST) -> list[ast.AST]:
 def _scope(function: Any) -> dict[str, Any]:
     """The names that a function sees around it."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    free = {name: cell.cell_contents for name, cell in cells if name != "__class__"}
+    free = {name: _content(cell) for name, cell in cells if name != "__class__"}
     return {**function.__globals__, **free}
 
 
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
 def _locals(function: Any) -> set[str]:
-    return set(function.__code__.co_varnames)
+    """The names that a function, or one inside it, binds."""
+    return _bound(function.__code__)
+
+
+def _bound(code: types.CodeType) -> set[str]:
+    inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
+    return {*code.co_varnames, *code.co_cellvars}.union(*map(_bound, inner))
+
+
+def _arguments(tree: ast.FunctionDef) -> list[ast.arg]:
+    return [*tree.args.posonlyargs, *tree.args.args]
+
+
+def _tree(function: Any) -> ast.FunctionDef | None:
+    """The definition of a function, with the line numbers of its file; ``None`` without source."""
+    try:
+        source = inspect.getsource(function)
+        # Not dedented: a string over several lines would change.
+        found = ast.parse(f"if 1:\n{source}" if source[:1].isspace() else f"if 1:\n {source}")
+    except (OSError, TypeError, SyntaxError):
+        return None
+    body: Any = found.body[0]
+    tree = body.body[0]
+    if not isinstance(tree, ast.FunctionDef):
+        return None
+    ast.increment_lineno(tree, function.__code__.co_firstlineno - 2)
+    return tree
 
 
 def _resolved(expression: ast.expr, scope: Mapping[str, Any]) -> Any:
@@ -204,7 +249,8 @@ def _names(node: ast.AST) -> set[str]:
 
 def _depends_on_arguments(tree: ast.FunctionDef) -> set[str]:
     """The names that hold what depends on the forward's arguments, by following assignments."""
-    given = [*tree.args.posonlyargs, *tree.args.args[1:], *tree.args.kwonlyargs]
+    own, *rest = _arguments(tree)
+    given = [*rest, *tree.args.kwonlyargs]
     given += [extra for extra in (tree.args.vararg, tree.args.kwarg) if extra]
     touched = {argument.arg for argument in given}
     while True:
@@ -212,7 +258,7 @@ def _depends_on_arguments(tree: ast.FunctionDef) -> set[str]:
         for node in ast.walk(tree):
             for target, value in _assignments(node):
                 if value is not None and _names(value) & touched:
-                    touched |= _names(target) - {tree.args.args[0].arg}
+                    touched |= _names(target) - {own.arg}
         if len(touched) == before:
             return touched
 

@@ -11,12 +11,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from normswap.errors import UnsupportedModel
-from normswap.graph.calls import functional_norms, own_class
+from normswap.graph.calls import functional_norms, holders, own_class
 from normswap.graph.functional import forward_of
 from normswap.graph.neighbours import Neighbourhood
 from normswap.graph.shapes import observe_shapes
 from normswap.graph.site import NormSite, Sites
-from normswap.norms.functional import referred
+from normswap.norms.functional import referred, refresh
 from normswap.norms.pool import NOTHING, Rule
 from normswap.norms.registry import reader
 from normswap.norms.state import NormState
@@ -44,14 +44,14 @@ def find(model: nn.Module, example_inputs: Any = None) -> Sites:
     names: dict[int, list[str]] = {}
     norms: dict[int, nn.Module] = {}
     inside: set[int] = set()
-    holders: dict[int, str] = {}
+    parts: dict[int, str] = {}
     callers: dict[int, tuple[nn.Module, list[str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         cls = type(module)
         if cls not in known:
             known[cls] = reader(cls) is not None
         if quantized(module):
-            holders.update((id(child), cls.__name__) for child in module.modules())
+            parts.update((id(child), cls.__name__) for child in module.modules())
         if known[cls] and id(module) not in inside:
             if id(module) not in norms:
                 inside.update(map(id, module.modules()))
@@ -67,7 +67,9 @@ def find(model: nn.Module, example_inputs: Any = None) -> Sites:
         read_site(module, names[key][0], tuple(names[key][1:]), neighbourhood)
         for key, module in norms.items()
     ]
-    sites = [_fused(site, holders) for site in sites]
+    sites = [_fused(site, parts) for site in sites]
+    read = {id(holder): owner for owner, _ in callers.values() for holder in holders(owner)}
+    sites = [_read_by_a_call(site, read) for site in sites]
     sites += [site for owner, paths in callers.values() for site in _called(owner, paths)]
     if example_inputs is not None:
         shapes = observe_shapes(model, example_inputs, [site.path for site in sites])
@@ -95,6 +97,7 @@ def read_site(
     read, known_class = found
     obstacle = _obstacle(module, known_class)
     unready = uninitialised(module) or quantized(module)
+    refresh(module)
     state = _unread(module) if unready else read(module)
     if not obstacle and not state.norm:
         obstacle = f"{state.obstacle}; leave it out by skip="
@@ -124,6 +127,15 @@ def _called(owner: nn.Module, paths: list[str]) -> Iterator[NormSite]:
             aliases=(*paths[1:], *(f"{path}.{stub.name}".lstrip(".") for path in paths)),
             obstacle=f"{problem}; leave it out by skip=" if problem else "",
         )
+
+
+def _read_by_a_call(site: NormSite, read: dict[int, nn.Module]) -> NormSite:
+    """The site, with an obstacle if another module hands its tensors to a norm function."""
+    owner = read.get(id(site.module))
+    if owner is None or site.obstacle:
+        return site
+    obstacle = f"the forward of {type(owner).__name__} hands its tensors to a norm function"
+    return replace(site, obstacle=f"{obstacle}; leave it out by skip=")
 
 
 def _fused(site: NormSite, holders: dict[int, str]) -> NormSite:

@@ -13,7 +13,9 @@ __all__ = [
     "FunctionalNorm",
     "child_name",
     "own_for_a_while",
+    "owner_of",
     "read_functional",
+    "recall",
     "refer",
     "refer_again",
     "referred",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 _REFERS = "_normswap_refers"
+_OWNER = "_normswap_owner"
 
 
 class FunctionalNorm(nn.Module):
@@ -41,6 +44,8 @@ class FunctionalNorm(nn.Module):
         self.name = name
         self.state = state
         self.refers = dict(refers)
+        #: whether the forward reads one of the tensors elsewhere too
+        self.shared = False
         for tensor in refers:
             vars(self)[tensor] = getattr(state, tensor)
 
@@ -57,14 +62,16 @@ def child_name(kind: str, index: int) -> str:
     return f"functional_{kind}_{index}"
 
 
-def refer(norm: nn.Module, attributes: Mapping[str, str]) -> None:
+def refer(norm: nn.Module, attributes: Mapping[str, str], owner: nn.Module) -> None:
     """Let a norm refer to tensors that stay its owner's, under the owner's keys.
 
     Args:
         norm: a norm that holds them as its own until now.
         attributes: for each of its tensors that is the owner's, the owner's attribute.
+        owner: the module that holds them.
     """
     vars(norm)[_REFERS] = dict(attributes)
+    vars(norm)[_OWNER] = owner  # no child: a plain reference, right in copies and pickles
     for name in attributes:
         held = norm._parameters if name in norm._parameters else norm._buffers
         vars(norm)[name] = held.pop(name)
@@ -73,6 +80,11 @@ def refer(norm: nn.Module, attributes: Mapping[str, str]) -> None:
 def referred(norm: nn.Module) -> dict[str, str]:
     """What a norm refers to: its tensors' names with the owner's attributes."""
     return dict(vars(norm).get(_REFERS, {}))
+
+
+def owner_of(norm: nn.Module) -> nn.Module | None:
+    """The module whose tensors a norm refers to, or ``None``."""
+    return vars(norm).get(_OWNER)
 
 
 def own_for_a_while(norm: nn.Module, names: Collection[str]) -> dict[str, str]:
@@ -102,8 +114,21 @@ def refer_again(norm: nn.Module, before: Mapping[str, str], tensors: Mapping[str
             vars(norm)[name] = tensor
 
 
-def refresh(norm: nn.Module, owner: nn.Module) -> None:
-    """Let a norm hold the tensors that its owner holds now: a move may have replaced them."""
-    for name, attribute in vars(norm).get(_REFERS, {}).items():
-        tensor: Tensor | None = attrgetter(attribute)(owner)
-        vars(norm)[name] = tensor
+def refresh(norm: nn.Module) -> None:
+    """Let a norm hold the tensors that its owner holds now: a move may have replaced them.
+
+    A norm that has no owner is left alone.
+    """
+    owner = owner_of(norm)
+    if owner is None:
+        return
+    for name, attribute in referred(norm).items():
+        tensor = attrgetter(attribute)(owner)
+        if tensor is None or isinstance(tensor, Tensor):  # and not what a tracer puts there
+            vars(norm)[name] = tensor
+
+
+def recall(stub: FunctionalNorm, owner: nn.Module) -> None:
+    """Let what stands for a call hold the tensors that the owner holds now."""
+    for name, attribute in stub.refers.items():
+        vars(stub)[name] = attrgetter(attribute)(owner)

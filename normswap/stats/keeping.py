@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normswap.graph.modules import find
 from normswap.graph.site import NormSite
-from normswap.norms.functional import FunctionalNorm
+from normswap.norms.functional import FunctionalNorm, owner_of, referred
 
 __all__ = ["kept_modes", "preserve_stats"]
 
@@ -59,11 +59,9 @@ def preserve_stats(model: nn.Module) -> Iterator[nn.Module]:
 
 def _buffers_of(site: NormSite) -> Iterator[tuple[dict[str, Tensor | None], str]]:
     """Where a site's buffers are: in its module, or for a call in the forward's owner."""
-    if isinstance(site.module, FunctionalNorm) and site.owner is not None:
-        for attribute in site.module.refers.values():
-            path, _, name = attribute.rpartition(".")
-            held = site.owner.get_submodule(path)._buffers
-            if name in held:
-                yield held, name
-    else:
-        yield from ((site.module._buffers, name) for name in site.module._buffers)
+    module = site.module
+    owner = site.owner or owner_of(module)
+    refers = module.refers if isinstance(module, FunctionalNorm) else referred(module)
+    if owner is not None:
+        yield from ((owner._buffers, name) for name in refers.values() if name in owner._buffers)
+    yield from ((module._buffers, name) for name in module._buffers)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normswap.errors import StalePlan
 from normswap.graph.calls import own_class
 from normswap.norms.base import Norm
-from normswap.norms.functional import FunctionalNorm, refer, referred
+from normswap.norms.functional import FunctionalNorm, owner_of, refer, referred
 from normswap.norms.furnish import furnish
 from normswap.norms.state import TENSORS
 from normswap.swap.beside import Pending, restore
@@ -136,8 +136,9 @@ def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scop
         new.site_path = site.path
     carry_over(old, new)
     refers = old.refers if isinstance(old, FunctionalNorm) else referred(old)
-    if refers:
-        refer(new, {name: refers[name] for name in refers if name in made.carried})
+    owner = site.owner or owner_of(old)
+    if owner is not None:
+        refer(new, {name: refers[name] for name in refers if name in made.carried}, owner)
     if isinstance(old, FunctionalNorm) and site.owner is not None:
         changes.lifts.append((site.owner, old.name, new, lifted_class(own_class(site.owner))))
     else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normswap.graph.modules import require_module
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.functional import FunctionalNorm
+from normswap.norms.functional import FunctionalNorm, owner_of, recall, refresh
 from normswap.norms.furnish import Furnished
 from normswap.norms.spec import NormSpec, Target
 from normswap.swap.beside import Kept
@@ -173,6 +173,10 @@ def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes
         changes: where the changes are collected.
     """
     original = record.original
+    owner = owner_of(current)
+    if isinstance(original, FunctionalNorm) and owner is not None:
+        recall(original, owner)
+    refresh(current)
     _hand_over(original, current, record.carried)
     anchor = _anchor(current, place)
     dtype = None if anchor.dtype == record.dtype else anchor.dtype

@@ -85,7 +85,7 @@ def _call(
     norm = owner._modules.get(child_name(kind, index))
     if norm is None:
         return function(*args, **kwargs)
-    refresh(norm, owner)
+    refresh(norm)
     return norm(args[0] if args else kwargs["input"])
 
 
@@ -93,7 +93,7 @@ def _rewritten(forward: Forward) -> Any:
     """The forward's function with its calls of norm functions going through `_call`."""
     function = forward.function
     tree = copy.deepcopy(forward.tree)
-    own = tree.args.args[0].arg
+    own = forward.own
     twins = dict(zip(map(id, ast.walk(forward.tree)), ast.walk(tree), strict=True))
     for node, call in zip(forward.nodes, forward.calls, strict=True):
         twin: Any = twins[id(node)]
@@ -129,7 +129,8 @@ def _compiled(tree: ast.FunctionDef, function: Any) -> types.CodeType:
     # Defaults are the function's own objects, given to the new function as they are.
     tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
     tree.args.kw_defaults = [d and ast.Constant(None) for d in tree.args.kw_defaults]
-    owner = function.__qualname__.split(".")[-2] if "." in function.__qualname__ else "_"
+    owner = [*"_", *function.__qualname__.split(".")][-2]
+    owner = owner if owner.isidentifier() else "_"
     free = [name for name in function.__code__.co_freevars if name != "__class__"]
     around = ast.parse(f"def around({', '.join([_CALL, *free])}):\n class {owner}: pass")
     outer: Any = around.body[0]

@@ -158,7 +158,7 @@ def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundin
             return Step(site, "already", target)
         state = surroundings.inform(site, target.needs)
         start = target.start(state, carry=carry)
-        if start.fidelity is Fidelity.MATCHED and surroundings.shares_affine(state):
+        if start.fidelity is Fidelity.MATCHED and surroundings.shares_affine(site):
             note = "its affine is another layer's too, so it is copied"
             start = replace(target.start(state, carry="copy"), note=note)
         start = _checked(site, state, start)

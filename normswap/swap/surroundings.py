@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from normswap.graph.modules import read_site
 from normswap.graph.site import NormSite
 from normswap.norms.beside import Neighbour
+from normswap.norms.functional import FunctionalNorm
 from normswap.norms.state import NormState
 from normswap.swap.journal import model_place, record_of
 
@@ -67,8 +68,11 @@ class Surroundings:
             state = replace(state, producer=before, consumer=after)
         return state
 
-    def shares_affine(self, state: NormState) -> bool:
+    def shares_affine(self, site: NormSite) -> bool:
         """Whether another layer has the same weight or bias, which no start may rewrite for it."""
+        if isinstance(site.module, FunctionalNorm) and site.module.shared:
+            return True
+        state = site.state
         return any(self._owners[id(tensor)] > 1 for tensor in (state.weight, state.bias))
 
     def _dimension(self, site: NormSite) -> int | None:

@@ -325,3 +325,132 @@ def test_once_converted_it_is_measured() -> None:
     normswap.warmup(model, [image()])
     torch.testing.assert_close(model.mean, seen.mean((0, 2, 3)))
     torch.testing.assert_close(model.var, seen.var((0, 2, 3)))
+
+
+# -- what happens in between --------------------------------------------------------------------
+
+
+def test_a_state_loaded_by_assignment_is_what_a_second_conversion_reads() -> None:
+    model, other = normswap.convert(mixed(), "sync_bn"), filled(Mixed(), seed=5)
+    model.load_state_dict(other.state_dict(), strict=False, assign=True)
+    (site,) = [site for site in normswap.find(model) if site.kind == "batch_norm"]
+    assert site.state.running_mean is model.mean
+    assert site.state.weight is model.weight
+
+
+def test_a_frozen_call_loaded_by_assignment_is_thawed() -> None:
+    model = normswap.convert(mixed(), "frozen_bn")
+    model.load_state_dict(filled(Mixed(), seed=5).state_dict(), strict=False, assign=True)
+    assert normswap.revert(model).weight.requires_grad
+
+
+def test_a_warm_up_after_a_move_and_before_any_forward() -> None:
+    model = normswap.convert(mixed(), "sync_bn").double()
+    x = image().double()
+    normswap.warmup(model, [x])
+    torch.testing.assert_close(model.mean, model.conv(x).detach().mean((0, 2, 3)))
+
+
+def test_preserve_stats_of_a_converted_call() -> None:
+    model = normswap.convert(mixed(), "sync_bn")
+    before = model.mean.clone()
+    with normswap.preserve_stats(model):
+        run(model, train=True)
+    assert same_bits(model.mean, before)
+
+
+def test_tracing_leaves_no_proxy_behind() -> None:
+    model = nn.Sequential(normswap.convert(mixed(), "sync_bn"))
+    torch.fx.symbolic_trace(model)
+    (norm,) = [norm for path, norm in model.named_modules() if "functional" in path]
+    assert norm.weight is model[0].weight
+
+
+def test_unpacked_arguments_are_refused() -> None:
+    class Unpacked(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, (C,), **{"eps": 0.5})
+
+    with pytest.raises(NothingToConvert, match="unpacked"):
+        normswap.convert(Unpacked(), "rms", where="*")
+
+
+class Twice(Base):
+    """Two calls with one affine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("m", torch.zeros(C))
+        self.register_buffer("v", torch.ones(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.m, self.v, self.w, self.b)
+        return F.batch_norm(x + 1, self.m, self.v, self.w, self.b)
+
+
+def test_an_affine_of_two_calls_is_not_rewritten_for_one() -> None:
+    model: Any = filled(Twice())
+    weight = model.w.detach().clone()
+    plan = normswap.plan(model, "gn", num_groups=1, where="functional_batch_norm_0")
+    assert [str(step.fidelity) for step in plan.of("convert")] == ["affine"]
+    plan.apply()
+    assert same_bits(model.w, weight)
+
+
+class Holder(nn.Module):
+    """Hands the tensors of a child to a norm function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        return F.batch_norm(
+            x, self.bn.running_mean, self.bn.running_var, bn.weight, bn.bias, self.training
+        )
+
+
+def test_a_norm_that_only_holds_tensors_is_refused() -> None:
+    model = Holder()
+    before = Snapshot(model)
+    with pytest.raises(NothingToConvert, match="hands its tensors to a norm function"):
+        normswap.convert(model, "gn", where="*")
+    before.assert_kept(model, untouched=True)
+
+
+def assigned() -> type[nn.Module]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), self.w, self.b)
+
+    class Assigned(Base):
+        pass
+
+    Assigned.forward = forward  # type: ignore[method-assign]
+    return Assigned
+
+
+class Quoted(Base):
+    def forward(self, /, x: Tensor) -> Tensor:
+        self.said = """a
+            b"""
+        return F.layer_norm(x, (C,), self.w, self.b)
+
+
+@pytest.mark.parametrize("make", [assigned(), Quoted], ids=["assigned", "quoted"])
+def test_a_forward_of_another_shape(make: Any) -> None:
+    model, plain = normswap.convert(filled(make()), "ln2d", where="*"), filled(make())
+    x = numbers(*TOKENS)
+    torch.testing.assert_close(model(x), plain(x))
+    assert type(model) is not make
+    assert getattr(model, "said", None) == getattr(plain, "said", None)
+
+
+def test_a_class_given_after_the_conversion_is_left_as_it_is() -> None:
+    from torch.nn.utils import parametrize
+
+    model = normswap.convert(mixed(), "sync_bn")
+    parametrize.register_parametrization(model, "gain", nn.Softplus())
+    evaluated = run(model)
+    normswap.revert(model)
+    torch.testing.assert_close(run(model), evaluated)
