@@ -23,6 +23,7 @@ def rearranged(x: Tensor, channel_dim: int, native_dim: int) -> Tensor:
     Args:
         x: the input.
         channel_dim: where its channels are, 1 or -1.
+        flattens: whether what follows the channels is seen as one dimension.
         native_dim: where the norm wants them. 1 gives (N, C, L), or (N, C) where there is no
             more: what follows the channels is one dimension. -1 gives (N, ..., C).
     """
@@ -40,6 +41,7 @@ class Norm(nn.Module):
 
     Attributes:
         channel_dim: the input's channel dimension, 1 or -1.
+        flattens: whether what follows the channels is seen as one dimension.
         native_dim: where the torch norm expects the channels, 1 or -1.
         tail: names of the children that run after the norm, in order: a fused dropout or
             activation that the layer it replaces had.
@@ -50,6 +52,7 @@ class Norm(nn.Module):
 
     channel_dim: int = 1
     native_dim: int = 1
+    flattens: bool = False
     tail: tuple[str, ...] = ()
     site_path: str = ""
     own: tuple[str, ...] = ()
@@ -68,7 +71,7 @@ class Norm(nn.Module):
         """Normalize the input, of any shape with ``num_features`` channels at ``channel_dim``."""
         x = input  # torch's name, which callers may use
         here, native = self.channel_dim, self.native_dim
-        if here == native:
+        if here == native and not self.flattens:
             y = self.normalize(x)
         else:
             y = restored(self.normalize(rearranged(x, here, native)), x, here, native)
@@ -99,6 +102,8 @@ def place(module: Norm, state: NormState) -> Norm:
     """Give a new norm the layout and the tail of the layer that it replaces."""
     if state.channel_dim != module.channel_dim:
         module.channel_dim = state.channel_dim
+    if state.flattens:
+        module.flattens = True
     if state.tail:
         module.tail = state.tail
     return module

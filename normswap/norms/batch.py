@@ -153,7 +153,7 @@ def start_batch_norm(
     rule = batch_rule(tracks=track_running_stats)
     # Ours says where it stands when a norm that did not pool over the batch before cannot.
     pooled_before = state.kind in ("batch_norm", "")
-    plain = pooled_before and not sync and state.channel_dim == 1 and not state.tail
+    plain = pooled_before and not (sync or state.flattens or state.tail) and state.channel_dim == 1
 
     def shell() -> nn.Module:
         module = (_TORCH if plain else _OURS)[dim](

@@ -28,7 +28,11 @@ def layout(module: nn.Module) -> dict[str, Any]:
     """Where the module's channels are and what runs after it, if it is a `Norm`."""
     if not isinstance(module, Norm):
         return {}
-    return {"channel_dim": module.channel_dim, "tail": module.tail}
+    return {
+        "channel_dim": module.channel_dim,
+        "flattens": module.flattens,
+        "tail": module.tail,
+    }
 
 
 def has_parametrized_affine(module: nn.Module) -> bool:

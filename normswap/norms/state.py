@@ -51,6 +51,8 @@ class NormState:
         dim: number of dimensions after the channels that the class accepts (0 or more), where
             the class, the producer or an example tells; ``None`` where nothing does.
         channel_dim: where the channels are in the input: 1, or -1 for token layouts.
+        flattens: whether what follows the channels is seen as one dimension, because nothing can
+            tell how many there are.
         tail: names of children that run after the norm (a fused dropout, an activation).
         settings: the norm's option values, by the names of its registry entry.
         trainable: whether weight and bias were trainable before a freeze, by name.
@@ -74,6 +76,7 @@ class NormState:
     num_batches_tracked: Tensor | None = None
     dim: int | None = None
     channel_dim: int = 1
+    flattens: bool = False
     tail: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     trainable: Mapping[str, bool] = field(default_factory=dict)

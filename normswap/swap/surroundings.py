@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from normswap.graph.modules import read_site
 from normswap.graph.site import NormSite
 from normswap.norms.beside import Neighbour
-from normswap.norms.functional import FunctionalNorm
+from normswap.norms.functional import FunctionalNorm, owner_of
 from normswap.norms.state import NormState
 from normswap.swap.journal import model_place, record_of
 
@@ -62,7 +62,10 @@ class Surroundings:
         """The site's state with what a target needs to be told of it."""
         state = replace(site.state, like=self._place, momentum=_momentum(site))
         if "dim" in needs and state.dim is None and state.channel_dim == 1:
-            state = replace(state, dim=self._dimension(site))
+            dim = self._dimension(site)
+            # A call in a forward is out of reach for example inputs.
+            flattens = dim is None and (site.owner or owner_of(site.module)) is not None
+            state = replace(state, dim=1 if flattens else dim, flattens=flattens)
         if "neighbours" in needs:
             before, after = self._producer(site), self._consumer(site)
             state = replace(state, producer=before, consumer=after)

@@ -208,6 +208,15 @@ class Base(nn.Module):
         return layer_norm(x, x.shape[-1:], self.w, self.b, self.__eps)
 
 
+class Tracked(Base):
+    """With running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("m", torch.zeros(C))
+        self.register_buffer("v", torch.ones(C))
+
+
 class Derived(Base):
     def forward(self, x: Tensor) -> Tensor:
         return torch.layer_norm(super().forward(x) * 2, [C], self.w, None, 1e-5)
@@ -232,20 +241,44 @@ class Instance(Base):
         return torch.instance_norm(x, self.w, self.b, None, None, True, 0.1, 1e-4, False)
 
 
+class Grouped(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, 4, self.w, self.b, 1e-4)
+
+
+class Plain(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x, weight=self.w, bias=self.b)
+
+
+class Root(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rms_norm(x, [C], self.w, 1e-4)
+
+
+class Batch(Tracked):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.batch_norm(x, self.w, self.b, self.m, self.v, self.training, 0.1, 1e-4, False)
+
+
 TOKENS = (2, 5, C)
 FORMS = {
     "an imported name, a private attribute": (Base, TOKENS, "rms"),
     "torch's twin, super()": (Derived, TOKENS, "rms"),
     "a parent's forward": (Closed, TOKENS, "rms"),
     "a closure, a default": (closed(), TOKENS, "ln"),
-    "instance norm": (Instance, (2, C, 5, 4), "gn"),
+    "torch's instance norm": (Instance, (2, C, 5, 4), "gn"),
+    "instance norm by keywords": (Plain, (2, C, 5, 4), "ln"),
+    "torch's group norm, to one that asks for dimensions": (Grouped, (2, C, 5, 4), "in"),
+    "torch's RMS norm": (Root, TOKENS, "ln"),
+    "torch's batch norm, to one that asks for dimensions": (Batch, (4, C, 5, 4), "in"),
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_of_call_goes_there_and_back(name: str) -> None:
     make, shape, target = FORMS[name]
-    model: Any = filled(make())
+    model: Any = filled(make()).eval()
     x = numbers(*shape)
     before, plain = Snapshot(model), model(x)
     normswap.convert(model, target, where="*")
@@ -259,9 +292,8 @@ def test_a_form_of_call_goes_there_and_back(name: str) -> None:
 def test_converting_to_what_it_is_changes_nothing(name: str) -> None:
     make, _, _ = FORMS[name]
     model: Any = filled(make())
-    own = {"layer_norm": "ln", "rms_norm": "rms", "instance_norm": "in"}
     (site,) = normswap.find(model)
-    normswap.convert(model, own[site.kind], where="*")
+    normswap.convert(model, site.kind, where="*")
     assert type(model) is make
 
 
@@ -375,13 +407,8 @@ def test_unpacked_arguments_are_refused() -> None:
         normswap.convert(Unpacked(), "rms", where="*")
 
 
-class Twice(Base):
+class Twice(Tracked):
     """Two calls with one affine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("m", torch.zeros(C))
-        self.register_buffer("v", torch.ones(C))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.batch_norm(x, self.m, self.v, self.w, self.b)
@@ -454,3 +481,11 @@ def test_a_class_given_after_the_conversion_is_left_as_it_is() -> None:
     evaluated = run(model)
     normswap.revert(model)
     torch.testing.assert_close(run(model), evaluated)
+
+
+def test_a_norm_that_asks_for_dimensions_is_right_in_any_number_of_them() -> None:
+    for shape in ((2, C, 5), (2, C, 5, 4), (2, C, 3, 5, 4)):
+        model = normswap.convert(filled(Grouped()), "in", where="*")
+        x = numbers(*shape)
+        wanted = F.instance_norm(x, weight=model.w, bias=model.b, eps=1e-4)
+        torch.testing.assert_close(model(x), wanted)
