@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.graph.functional import Call, Forward, forward_of
 from normswap.norms.functional import FunctionalNorm, child_name
 from normswap.norms.pool import BATCH, NOTHING, POSITION, RUNNING, Pool, Rule, per_group
+from normswap.norms.rms import default_eps
 from normswap.norms.state import NormState
 
 __all__ = ["functional_norms", "holders", "own_class"]
@@ -96,10 +96,9 @@ class _Reading:
         kind = self.call.kind
         size = self._size(tensors)
         rule, settings = self._rule(size, tensors)
-        eps = self._value("eps", 1e-5)
+        eps = self._value("eps", None if kind == "rms_norm" else 1e-5)
         if eps is None:
-            weight = tensors["weight"]
-            eps = torch.finfo(torch.get_default_dtype() if weight is None else weight.dtype).eps
+            eps = default_eps(tensors["weight"])
         frozen = rule == Rule.always(RUNNING)
         momentum = self._value("momentum", 0.1)
         settings |= {"eps": eps, "affine": tensors["weight"] is not None}

@@ -68,7 +68,7 @@ class NormSite:
         """How often one forward calls it; ``None`` where neither inputs nor graph tell."""
         if self.input_shapes is not None:
             return len(self.input_shapes)
-        return self._around.calls if self._around else None
+        return self.around.calls if self.around else None
 
     @property
     def certainly_once(self) -> bool:
@@ -82,17 +82,17 @@ class NormSite:
         for name in reversed(self.state.tail):
             if not isinstance(getattr(self.module, name), (nn.Identity, nn.Dropout)):
                 return f"{self.path}.{name}".lstrip(".")
-        return self._around.activation if self._around else None
+        return self.around.activation if self.around else None
 
     @property
     def producer(self) -> str | None:
         """Path of the convolution or linear that feeds it; ``None`` where no graph shows one."""
-        return self._around.producer if self._around else None
+        return self.around.producer if self.around else None
 
     @property
     def around(self) -> Neighbours | None:
         """All that a graph shows of its surroundings; ``None`` where none shows it."""
-        return self._around
+        return self._neighbourhood.of(self.path) if self._neighbourhood else None
 
     def neighbourhood_calls(self, module: nn.Module) -> int:
         """How often one forward calls another module of the model, as far as graphs tell."""
@@ -105,7 +105,7 @@ class NormSite:
     @property
     def order(self) -> int | None:
         """Its place in the order of calls; ``None`` where no graph shows it."""
-        return self._around.order if self._around else None
+        return self.around.order if self.around else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,10 +122,6 @@ class NormSite:
         """What it is in the code: a class, or a function and its line."""
         called = self.module if isinstance(self.module, FunctionalNorm) else None
         return called.function if called else type(self.module).__name__
-
-    @property
-    def _around(self) -> Neighbours | None:
-        return self._neighbourhood.of(self.path) if self._neighbourhood else None
 
 
 class Sites(Listing[NormSite]):

@@ -23,7 +23,6 @@ def rearranged(x: Tensor, channel_dim: int, native_dim: int) -> Tensor:
     Args:
         x: the input.
         channel_dim: where its channels are, 1 or -1.
-        flattens: whether what follows the channels is seen as one dimension.
         native_dim: where the norm wants them. 1 gives (N, C, L), or (N, C) where there is no
             more: what follows the channels is one dimension. -1 gives (N, ..., C).
     """

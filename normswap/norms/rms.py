@@ -21,7 +21,7 @@ from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
 
-__all__ = ["ENTRIES", "RMSNorm", "RMSNorm2d", "RMSNormMap", "read_rms_norm"]
+__all__ = ["ENTRIES", "RMSNorm", "RMSNorm2d", "RMSNormMap", "default_eps", "read_rms_norm"]
 
 _POSITION = Pool("position", centred=False)
 
@@ -161,9 +161,14 @@ def _eps_of(state: NormState) -> float | None:
 
 
 def _epsilon(module: nn.Module, weight: Tensor | None) -> float:
-    """The eps that is added: torch's default is the precision that it computes in."""
+    """The eps that is added."""
     if isinstance(module.eps, float):
         return module.eps
+    return default_eps(weight)
+
+
+def default_eps(weight: Tensor | None) -> float:
+    """What torch adds where no eps is given: the eps of the precision that it computes in."""
     dtype = torch.get_default_dtype() if weight is None else weight.dtype
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 

@@ -50,6 +50,11 @@ class Start:
     pool: Pool | None = None
     beside: Beside | None = None
 
+    @property
+    def rewrites_affine(self) -> bool:
+        """Whether weight or bias, which the source also holds, get other values."""
+        return bool(self.affine) and self.values is not dict
+
 
 def begin(
     state: NormState,

@@ -158,9 +158,15 @@ def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundin
             return Step(site, "already", target)
         state = surroundings.inform(site, target.needs)
         start = target.start(state, carry=carry)
-        if start.fidelity is Fidelity.MATCHED and surroundings.shares_affine(site):
+        if start.rewrites_affine and surroundings.shares_affine(site):
+            if carry == "fresh":
+                raise CannotConvert(
+                    "its affine is another layer's too, and would begin anew there as well",
+                    'use carry="copy"',
+                )
+            start = target.start(state, carry="copy")
             note = "its affine is another layer's too, so it is copied"
-            start = replace(target.start(state, carry="copy"), note=note)
+            start = replace(start, note="; ".join(filter(None, (start.note, note))))
         start = _checked(site, state, start)
     except CannotConvert as error:
         return Step(site, "skip", target, reason=str(error))

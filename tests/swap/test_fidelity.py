@@ -371,6 +371,15 @@ def test_one_affine_of_two_norms_is_not_matched_twice() -> None:
         torch.testing.assert_close(model[index].weight.double(), wanted[index][0].double())
 
 
+def test_a_fresh_start_does_not_reach_another_layer_through_a_shared_affine() -> None:
+    model = filled(nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS)))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    before = model[1].weight.detach().clone()
+    with pytest.raises(normswap.NormSwapError, match="another layer's too"):
+        normswap.convert(model, "gn", where="0", carry="fresh")
+    assert same_bits(model[1].weight, before)
+
+
 # -- frozen -------------------------------------------------------------------------------------
 
 

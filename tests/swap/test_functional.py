@@ -489,3 +489,15 @@ def test_a_norm_that_asks_for_dimensions_is_right_in_any_number_of_them() -> Non
         x = numbers(*shape)
         wanted = F.instance_norm(x, weight=model.w, bias=model.b, eps=1e-4)
         torch.testing.assert_close(model(x), wanted)
+
+
+def test_the_default_eps_of_a_call_in_half_precision_is_torchs() -> None:
+    class Half(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, (C,), self.w)
+
+    model = filled(Half()).bfloat16()
+    x = (numbers(4, C) * 1e-2).bfloat16()
+    before = model(x)
+    normswap.convert(model, "rms2d", where="*")
+    torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)
