@@ -96,12 +96,11 @@ class _Reading:
         kind = self.call.kind
         size = self._size(tensors)
         rule, settings = self._rule(size, tensors)
-        eps = self._value("eps", None if kind == "rms_norm" else 1e-5)
-        if eps is None:
-            eps = default_eps(tensors["weight"])
+        given = self._value("eps", None if kind == "rms_norm" else 1e-5)
+        eps = default_eps(tensors["weight"]) if given is None else given
         frozen = rule == Rule.always(RUNNING)
         momentum = self._value("momentum", 0.1)
-        settings |= {"eps": eps, "affine": tensors["weight"] is not None}
+        settings |= {"eps": given, "affine": tensors["weight"] is not None}
         state = NormState(
             norm="frozen_bn" if frozen else _NORMS[kind],
             kind=kind,
