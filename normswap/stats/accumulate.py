@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normswap.errors import StatisticsError
 
-__all__ = ["Accumulator", "Average", "Batch", "Ema", "Pooled", "precise"]
+__all__ = ["Accumulator", "Average", "Batch", "Ema", "Pooled", "Terms", "precise"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,21 @@ class Batch:
 
     count: int
     samples: int
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one batch contributes to statistics that are weighted averages over the batches.
+
+    Args:
+        weight: of the batch.
+        mean: its term of the mean (C,).
+        var: its term of the variance (C,).
+    """
+
+    weight: int
     mean: Tensor
     var: Tensor
 
@@ -59,6 +74,10 @@ class Accumulator(ABC):
         """Take in one batch."""
 
     @abstractmethod
+    def terms(self, batch: Batch) -> Terms:
+        """What a batch contributes, by the mean as it is now."""
+
+    @abstractmethod
     def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
         """Take in the packed numbers of another accumulator of the same kind."""
 
@@ -83,6 +102,11 @@ class Pooled(Accumulator):
         self.calls += 1
         count = torch.full_like(self.weight, batch.count)
         self.merge(count, batch.mean, batch.var * (batch.count - 1))
+
+    def terms(self, batch: Batch) -> Terms:
+        """Weighted by values: the mean, and the mean square deviation from the mean of all."""
+        within = batch.var * ((batch.count - 1) / batch.count)
+        return Terms(batch.count, batch.mean, within + (batch.mean - self.mean).square())
 
     def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
         """Take in a count, a mean and a sum of squared deviations."""
@@ -121,9 +145,13 @@ class Average(Accumulator):
     def add(self, batch: Batch) -> None:
         """Take in one batch, unless it is a single value."""
         self.calls += 1
-        if batch.count > 1:
-            weight = torch.full_like(self.weight, batch.samples if self._by_samples else 1)
-            self.merge(weight, batch.mean, batch.var)
+        terms = self.terms(batch)
+        self.merge(torch.full_like(self.weight, terms.weight), terms.mean, terms.var)
+
+    def terms(self, batch: Batch) -> Terms:
+        """Mean and variance themselves, weighted by one or by samples."""
+        weight = batch.samples if self._by_samples else 1
+        return Terms(weight if batch.count > 1 else 0, batch.mean, batch.var)
 
     def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
         """Take in a weight, a mean of means and a mean of variances."""

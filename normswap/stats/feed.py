@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +14,74 @@ from torch import Tensor, nn
 
 from normswap.errors import OptionError
 
-__all__ = ["Forward", "batch_size", "batches_of", "call", "moved", "unwrapped"]
+__all__ = [
+    "Feed",
+    "Forward",
+    "batch_size",
+    "batches_of",
+    "call",
+    "device_of",
+    "mapped",
+    "moved",
+    "unwrapped",
+]
 
 Forward = Callable[[nn.Module, Any], Any]
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How a pass reads a loader and hands its batches to a model.
+
+    Args:
+        loader: any iterable of batches.
+        batches: read at most as many.
+        samples: stop after the batch that reaches as many.
+        forward: ``forward(model, batch)`` for models that are called otherwise.
+        device: where batches are moved.
+        amp: run under autocast: a dtype, or true for the device's default.
+        progress: whether to show a bar.
+        title: what the bar is called.
+    """
+
+    loader: Iterable[Any]
+    batches: int | None
+    samples: int | None
+    forward: Forward | None
+    device: torch.device
+    amp: torch.dtype | bool | None
+    progress: bool
+    title: str
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read the loader."""
+        return batches_of(
+            self.loader,
+            batches=self.batches,
+            samples=self.samples,
+            progress=self.progress,
+            title=self.title,
+        )
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model on a batch; return what it returns."""
+        with self._autocast():
+            return call(model, moved(batch, self.device), self.forward)
+
+    def _autocast(self) -> Any:
+        if self.amp is None or self.amp is False:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=None if self.amp is True else self.amp)
+
+
+def device_of(model: nn.Module, wanted: torch.device | str | None) -> torch.device:
+    """The device that is wanted, or else that of the model's first tensor."""
+    if wanted is not None:
+        return torch.device(wanted)
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -30,20 +95,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def call(model: nn.Module, batch: Any, forward: Forward | None) -> None:
+def call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     """Run the model on a batch.
 
     A tensor is passed as it is; of a tuple or list the first item; a mapping as those keywords
     that the forward accepts; ``forward(model, batch)`` does anything else.
     """
     if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Mapping):
-        model(**_accepted(model, batch))
-    elif isinstance(batch, (tuple, list)):
-        model(batch[0])
-    else:
-        model(batch)
+        return forward(model, batch)
+    if isinstance(batch, Mapping):
+        return model(**_accepted(model, batch))
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,15 +123,20 @@ def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def moved(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device, whatever they are nested in."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch
+    return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A value with its tensors changed, whatever they are nested in."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: mapped(part, change) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(part, change) for part in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(part, change) for part in value)
+    return value
 
 
 def batch_size(batch: Any) -> int:

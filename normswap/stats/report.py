@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from normswap.stats.convergence import Point
 from normswap.table import Listing
 
 __all__ = ["Drift", "WarmupReport", "drift"]
@@ -41,6 +42,8 @@ class WarmupReport(Listing[Drift]):
         samples: samples read on this rank.
         skipped: batches left out because of values that are not finite.
         seconds: how long it took.
+        tol: the tolerance that was asked for.
+        convergence: how well the statistics were known on the way, as far as the method tells.
     """
 
     title = "Warm-up"
@@ -55,6 +58,8 @@ class WarmupReport(Listing[Drift]):
         samples: int,
         skipped: int,
         seconds: float,
+        tol: float | None = None,
+        convergence: Sequence[Point] = (),
     ) -> None:
         super().__init__(rows)
         self.method = method
@@ -62,6 +67,8 @@ class WarmupReport(Listing[Drift]):
         self.samples = samples
         self.skipped = skipped
         self.seconds = seconds
+        self.tol = tol
+        self.convergence = tuple(convergence)
 
     @property
     def estimated(self) -> list[Drift]:

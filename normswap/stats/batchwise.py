@@ -1,0 +1,142 @@
+"""Batch by batch: every norm measures each batch as it comes, and no forward waits."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from normswap.errors import StatisticsError
+from normswap.graph.site import NormSite
+from normswap.stats.accumulate import Accumulator, Average, Batch, Ema, Pooled, precise
+from normswap.stats.bookmark import Bookmark
+from normswap.stats.distributed import all_well, merge_ranks
+from normswap.stats.feed import Feed, batch_size
+from normswap.stats.gathered import Gathered
+from normswap.stats.measure import UNTOUCHED, Meter
+from normswap.stats.probe import probing
+from normswap.stats.writing import statistics_of
+
+__all__ = ["accumulator_for", "batchwise"]
+
+
+def batchwise(
+    model: nn.Module,
+    sites: list[NormSite],
+    feed: Feed,
+    *,
+    method: Literal["ema", "average", "pooled"],
+    skip_nonfinite: bool,
+    tol: float | None,
+    bookmark: Bookmark,
+    group: Any,
+) -> Gathered:
+    """Read a loader once and put together what the norms measure of each batch.
+
+    Args:
+        model: in eval mode throughout.
+        sites: the norms that are to measure.
+        feed: what is read.
+        method: how it is put together.
+        skip_nonfinite: leave batches out that are not finite, not raise.
+        tol: stop when the statistics are known to this tolerance.
+        bookmark: where the way so far is kept.
+        group: the process group to merge over.
+
+    Returns:
+        What was seen, of all ranks.
+
+    Raises:
+        StatisticsError: values are not finite, or the bookmark is of another pass.
+    """
+    by_path = {site.path: site for site in sites}
+    gathered = Gathered(lambda path: accumulator_for(by_path[path], method))
+    bookmark.load(gathered)
+    # Where the graph shows each norm called exactly once, nothing comes after the last of them.
+    # Where it does not, batches may take different ways, and forwards run to the end.
+    once = feed.forward is None and all(site.certainly_once for site in sites)
+    collector = _Collector(gathered, most=len(sites) if once else None)
+    with probing([Meter(site, collector.receive) for site in sites]):
+        for index, batch in enumerate(feed):
+            if bookmark.turn(batch):
+                continue
+            with suppress(_LastNormReached):
+                feed.run(model, batch)
+            gathered.count(batch_size(batch), kept=collector.close_batch(index, skip_nonfinite))
+            bookmark.save(gathered)
+            if tol is not None or gathered.batches.bit_count() == 1:  # else 1, 2, 4, 8, ...
+                point = gathered.convergence.look(gathered.samples)
+                if tol is not None and point is not None and point.error <= tol:
+                    break
+        bookmark.close()
+    all_well(group)
+    merge_ranks([gathered.of(site.path) for site in sites], group)
+    return gathered
+
+
+def accumulator_for(site: NormSite, method: Literal["ema", "average", "pooled"]) -> Accumulator:
+    """What puts a norm's batches together by a method."""
+    mean, var = statistics_of(site)
+    if method == "ema":
+        tracked = site.state.num_batches_tracked
+        seen = 0 if tracked is None else int(tracked)
+        return Ema(mean, var, momentum=site.state.momentum, batches=seen)
+    # Statistics of single samples are averaged over samples: there is no variance between them
+    # in what InstanceNorm keeps.
+    by_samples = site.state.rule.train.over != "batch"
+    if by_samples or method == "average":
+        weighted = by_samples and method == "pooled"
+        return Average(site.num_features, precise(mean).device, by_samples=weighted)
+    return Pooled(site.num_features, precise(mean).device)
+
+
+class _LastNormReached(BaseException):
+    """Ends a forward once nothing is left in it to measure; no ``except Exception`` stops it."""
+
+
+class _Collector:
+    """Gathers what the norms measure, and lets it count once the batch proves sound.
+
+    Args:
+        gathered: where it counts.
+        most: how many calls there are in a forward, if that is known; no forward goes on after.
+    """
+
+    def __init__(self, gathered: Gathered, *, most: int | None) -> None:
+        self._gathered = gathered
+        self._most = most
+        self._pending: list[tuple[NormSite, Batch]] = []
+        self._saw_whole_forward = False
+
+    def receive(self, site: NormSite, batch: Batch) -> None:
+        """Take what one call measured; end the forward if it was the last."""
+        self._pending.append((site, batch))
+        if self._saw_whole_forward and len(self._pending) == self._most:
+            raise _LastNormReached
+
+    def close_batch(self, index: int, skip_nonfinite: bool) -> bool:
+        """Take in what the batch brought; return whether it counts."""
+        pending, self._pending = self._pending, []
+        # What a graph cannot know, such as how many inputs a list holds, a whole forward shows.
+        if not self._saw_whole_forward:
+            self._saw_whole_forward = True
+            self._most = self._most if len(pending) == self._most else None
+        if not pending:
+            return True
+        measured = torch.cat([torch.cat([batch.mean, batch.var]) for _, batch in pending])
+        if not bool(measured.isfinite().all()):
+            if skip_nonfinite:
+                return False
+            site = next(s for s, b in pending if not bool((b.mean + b.var).isfinite().all()))
+            raise StatisticsError(
+                f"{site.label}: values that are not finite in batch {index} (counted from 0); "
+                'mend the data or the model, or leave such batches out by on_nonfinite="skip"'
+            )
+        for site, batch in pending:
+            if batch.count and not bool((batch.var == UNTOUCHED).all()):
+                accumulator = self._gathered.of(site.path)
+                accumulator.add(batch)
+                self._gathered.convergence.add(site.path, accumulator.terms(batch))
+        return True

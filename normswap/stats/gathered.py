@@ -1,0 +1,88 @@
+"""What a pass has seen so far: everything that is needed to go on, or to finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from normswap.stats.accumulate import Accumulator
+from normswap.stats.convergence import Convergence
+
+__all__ = ["Gathered"]
+
+
+@dataclass
+class Gathered:
+    """What a pass has seen so far.
+
+    Args:
+        make: makes the accumulator of a name.
+        accumulators: by name, mostly a norm's path.
+        convergence: how well the statistics are known.
+        batches: batches that counted.
+        samples: samples that counted.
+        skipped: batches left out because of values that are not finite.
+    """
+
+    make: Callable[[str], Accumulator]
+    accumulators: dict[str, Accumulator] = field(default_factory=dict)
+    convergence: Convergence = field(default_factory=Convergence)
+    batches: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+    def of(self, name: str) -> Accumulator:
+        """The accumulator of a name."""
+        if name not in self.accumulators:
+            self.accumulators[name] = self.make(name)
+        return self.accumulators[name]
+
+    @property
+    def read(self) -> int:
+        """Batches read, those left out included."""
+        return self.batches + self.skipped
+
+    def count(self, samples: int, *, kept: bool) -> None:
+        """Count a batch."""
+        self.batches += kept
+        self.skipped += not kept
+        self.samples += samples if kept else 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All there is to remember: tensors by name, and what JSON can hold."""
+        tensors, convergence = self.convergence.state()
+        tensors = {f"convergence.{name}": tensor for name, tensor in tensors.items()}
+        for name, each in self.accumulators.items():
+            tensors[f"seen.{name}.weight"] = each.weight
+            tensors[f"seen.{name}.mean"] = each.mean
+            tensors[f"seen.{name}.spread"] = each.spread
+        return tensors, {
+            "calls": {name: each.calls for name, each in self.accumulators.items()},
+            "batches": self.batches,
+            "samples": self.samples,
+            "skipped": self.skipped,
+            "convergence": convergence,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Be as `state` was."""
+        for name, calls in notes["calls"].items():
+            each = self.of(name)
+            each.calls = calls
+            each.weight = tensors[f"seen.{name}.weight"].to(each.weight.device)
+            each.mean = tensors[f"seen.{name}.mean"].to(each.mean.device)
+            each.spread = tensors[f"seen.{name}.spread"].to(each.spread.device)
+        self.batches, self.samples = notes["batches"], notes["samples"]
+        self.skipped = notes["skipped"]
+        device = next((each.mean.device for each in self.accumulators.values()), None)
+        self.convergence.restore(
+            {
+                name.removeprefix("convergence."): tensor.to(device)
+                for name, tensor in tensors.items()
+                if name.startswith("convergence.")
+            },
+            notes["convergence"],
+        )
