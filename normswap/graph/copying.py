@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["structure_copy"]
+__all__ = ["sharing_copy", "structure_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,6 +36,20 @@ def structure_copy(model: M) -> M:
         for name in _HOOKS:
             vars(module)[name] = OrderedDict()
     return copied
+
+
+def sharing_copy(model: M, own: Iterable[Tensor]) -> M:
+    """Copy a model for running: its parameters are the model's, except for some.
+
+    Modules, buffers, hooks and attributes are the copy's own.
+
+    Args:
+        model: any module.
+        own: the parameters that the copy has of its own.
+    """
+    apart = {id(tensor) for tensor in own}
+    shared = (tensor for tensor in model.parameters() if id(tensor) not in apart)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

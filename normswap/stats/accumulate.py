@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normswap.errors import StatisticsError
 
-__all__ = ["Accumulator", "Average", "Batch", "Ema", "Pooled", "Terms", "precise"]
+__all__ = ["Accumulator", "Average", "Batch", "Ema", "Mergeable", "Pooled", "Terms", "precise"]
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,21 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float64, copy=True)
 
 
-class Accumulator(ABC):
-    """Takes in batches one by one, and the accumulators of other ranks."""
+class Mergeable(ABC):
+    """Numbers about what was seen, in double precision, that merge with those of others.
 
-    def __init__(self, num_features: int, device: torch.device) -> None:
+    Args:
+        means: how many means there are.
+        spreads: how many spreads there are.
+        device: where they are.
+    """
+
+    def __init__(self, means: int, spreads: int, device: torch.device) -> None:
         #: batches taken in on this rank
         self.calls = 0
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
-        self.mean = torch.zeros(num_features, dtype=torch.float64, device=device)
-        self.spread = torch.zeros_like(self.mean)
+        self.mean = self.weight.new_zeros(means)
+        self.spread = self.weight.new_zeros(spreads)
 
     def forget(self) -> None:
         """Go back to having seen nothing, before a merge of all ranks."""
@@ -70,16 +76,23 @@ class Accumulator(ABC):
         self.spread = torch.zeros_like(self.spread)
 
     @abstractmethod
+    def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
+        """Take in the numbers of another of the same kind."""
+
+
+class Accumulator(Mergeable):
+    """Takes in batches one by one, and makes statistics of them."""
+
+    def __init__(self, num_features: int, device: torch.device) -> None:
+        super().__init__(num_features, num_features, device)
+
+    @abstractmethod
     def add(self, batch: Batch) -> None:
         """Take in one batch."""
 
     @abstractmethod
     def terms(self, batch: Batch) -> Terms:
         """What a batch contributes, by the mean as it is now."""
-
-    @abstractmethod
-    def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
-        """Take in the packed numbers of another accumulator of the same kind."""
 
     @abstractmethod
     def result(self) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from normswap.errors import StatisticsError
 from normswap.norms.sync import ranks
-from normswap.stats.accumulate import Accumulator
+from normswap.stats.accumulate import Mergeable
 
-__all__ = ["all_well", "failing_together", "first_of_all", "merge_ranks", "rank_of"]
+__all__ = ["all_well", "failing_together", "first_of_all", "merge_ranks", "rank_of", "total_of"]
 
 _WELL, _FAILED = 0, 1
 _NOTHING = (torch.iinfo(torch.int64).max,) * 2
@@ -67,12 +67,19 @@ def all_well(group: Any) -> None:
     first_of_all(None, group)
 
 
+def total_of(tensor: Tensor, group: Any) -> Tensor:
+    """The sum of the same-shaped tensors of all ranks, added in their order."""
+    if ranks(group) == 1:
+        return tensor
+    return torch.stack(_gather(tensor, group)).sum(0).to(tensor.device)
+
+
 def rank_of(group: Any) -> int | None:
     """This process's number among several; ``None`` if it is alone."""
     return dist.get_rank(group) if ranks(group) > 1 else None
 
 
-def merge_ranks(accumulators: list[Accumulator], group: Any) -> None:
+def merge_ranks(accumulators: Sequence[Mergeable], group: Any) -> None:
     """Merge each accumulator with its peers on the other ranks, in the order of ranks.
 
     One collective for all. Every rank computes the same merge of the same numbers, so the results
@@ -97,11 +104,11 @@ def merge_ranks(accumulators: list[Accumulator], group: Any) -> None:
     for rank in gathered:
         numbers = rank.to(device)
         for accumulator in accumulators:
-            size = len(accumulator.mean)
-            weight, calls, mean, spread = torch.split(numbers[: 2 * size + 2], [1, 1, size, size])
+            sizes = [1, 1, len(accumulator.mean), len(accumulator.spread)]
+            weight, calls, mean, spread = torch.split(numbers[: sum(sizes)], sizes)
             accumulator.merge(weight.squeeze(), mean, spread)
             accumulator.calls += int(calls)
-            numbers = numbers[2 * size + 2 :]
+            numbers = numbers[sum(sizes) :]
 
 
 def _gather(tensor: Tensor, group: Any) -> list[Tensor]:

@@ -118,7 +118,7 @@ class Lockstep:
     def _advance(self, forward: _Forward, answer: Any = None) -> None:
         self._running = forward
         try:
-            with self._shelf.working(forward):
+            with self._shelf.working(forward.index):
                 key = forward.strand.advance(answer)
         finally:
             self._running = None

@@ -58,7 +58,7 @@ class Shelf(TorchFunctionMode):
         self._held: dict[Hashable, dict[int, _Held]] = {}
         self._resting: dict[Hashable, int] = {}
         self._away: dict[int, _Held] = {}
-        self._current: dict[int, _Held] = {}
+        self._current: dict[int, _Held] | None = None
 
     @contextmanager
     def working(self, owner: Hashable) -> Iterator[None]:
@@ -99,15 +99,20 @@ class Shelf(TorchFunctionMode):
                 if each is not None:
                     self._fetch(each)
         result = func(*args, **kwargs)
+        if self._current is not None:
+            self._own(self._current, result, (args, kwargs))
+        return result
+
+    def _own(self, held: dict[int, _Held], result: Any, sources: Any) -> None:
+        """Note which of a function's results lie in storages of the owner's."""
         for tensor in _tensors(result):
             key = _key(tensor)
-            each = self._current.get(key)
+            each = held.get(key)
             if each is None or each.storage() is None:
-                if any(_key(source) == key for source in _tensors((args, kwargs))):
+                if any(_key(source) == key for source in _tensors(sources)):
                     continue  # a view of what is not the owner's, such as a weight
-                each = self._current[key] = _Held()
+                each = held[key] = _Held()
             each.tensors.append(weakref.ref(tensor))
-        return result
 
     def _rest(self, owner: Hashable, held: dict[int, _Held]) -> None:
         """Put aside what an owner holds, unless there is room for it in memory."""

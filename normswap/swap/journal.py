@@ -25,6 +25,7 @@ __all__ = [
     "put_back",
     "record_of",
     "records",
+    "remember_fit",
     "remember_skips",
     "skips",
 ]
@@ -158,6 +159,36 @@ def _chain(earlier: Record, step: Record, made: Furnished) -> Record:
         dtype=earlier.dtype,
         beside=earlier.beside + step.beside,
     )
+
+
+def remember_fit(
+    norm: nn.Module, values: Mapping[str, Tensor], note: str, changes: Changes
+) -> None:
+    """Add to ``changes`` that a converted norm's tensors get values fitted on data.
+
+    Tensors that are still the original's come back by a revert as they are now.
+
+    Args:
+        norm: a norm that a conversion put in place.
+        values: new values by the tensor's name.
+        note: what to say of the fit.
+        changes: where the changes are collected.
+    """
+    record: Record = vars(norm)[_RECORD]
+    rewritten = {
+        name: _tensor(norm, name).detach().clone()
+        for name in values
+        if name in record.carried and name not in record.saved
+    }
+    for name, value in values.items():
+        changes.writes.append((_tensor(norm, name), value))
+    fitted = replace(
+        record,
+        fidelity=Fidelity.CALIBRATED,
+        note=note,
+        saved=dict(record.saved) | rewritten,
+    )
+    changes.attributes.append((norm, _RECORD, fitted))
 
 
 def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes) -> None:

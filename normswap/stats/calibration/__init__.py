@@ -1,0 +1,1 @@
+"""Fitting the affines of converted norms to what the original model computes on data."""
