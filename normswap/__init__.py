@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normswap.api import apply_recipe as apply_recipe
+    from normswap.api import calibrate as calibrate
     from normswap.api import convert as convert
     from normswap.api import converted as converted
     from normswap.api import find as find
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
     from normswap.norms.start import Start as Start
     from normswap.norms.start import begin as begin
     from normswap.norms.state import NormState as NormState
+    from normswap.stats.calibration.report import CalibrationReport as CalibrationReport
     from normswap.stats.report import WarmupReport as WarmupReport
     from normswap.swap.apply import revert as revert
     from normswap.swap.report import report as report
 
 _WHERE = {
+    "CalibrationReport": "stats.calibration.report",
     "Fidelity": "norms.fidelity",
     "Norm": "norms.base",
     "NormSpec": "norms.spec",
@@ -56,6 +59,7 @@ _WHERE = {
     "apply_recipe": "api",
     "begin": "norms.start",
     "build": "norms.spec",
+    "calibrate": "api",
     "convert": "api",
     "converted": "api",
     "find": "api",

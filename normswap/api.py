@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -18,6 +18,8 @@ from normswap.norms.fidelity import Fidelity
 from normswap.norms.start import Carry
 from normswap.stats import keeping
 from normswap.stats import warmup as _warmup
+from normswap.stats.calibration import calibrate as _calibrate
+from normswap.stats.calibration import conversion
 from normswap.swap import planning, storage
 from normswap.swap import recipe as _recipe
 from normswap.swap.apply import apply_steps, undo
@@ -27,6 +29,7 @@ from normswap.swap.targets import To
 
 __all__ = [
     "apply_recipe",
+    "calibrate",
     "convert",
     "converted",
     "find",
@@ -60,6 +63,7 @@ recipe = _informed(_recipe.recipe)
 save = _informed(storage.save)
 load = _informed(storage.load)
 warmup = _informed(_warmup.warmup)
+calibrate = _informed(_calibrate.calibrate)
 preserve_stats = _informed(keeping.preserve_stats)
 
 
@@ -73,6 +77,7 @@ def convert(
     carry: Carry = "auto",
     strict: bool = False,
     min_fidelity: str | Fidelity | None = None,
+    calibrate: Iterable[Any] | None = None,
     inplace: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -90,7 +95,10 @@ def convert(
         example_inputs: as for `plan`.
         carry: as for `plan`.
         strict: as for `plan`.
-        min_fidelity: as for `plan`.
+        min_fidelity: as for `plan`; norms that will be calibrated count as that.
+        calibrate: batches to fit those new norms on that cannot start as the source in eval mode,
+            as `normswap.calibrate` does. The first batch serves as ``example_inputs`` if there
+            are none.
         inplace: convert the model itself (default), or a deep copy of it.
         **options: the target's options.
 
@@ -99,13 +107,17 @@ def convert(
         false.
 
     Raises:
-        NormSwapError: as for `plan`.
+        NormSwapError: as for `plan` and `normswap.calibrate`.
 
     Warns:
         NormSwapWarning: once, if norms were skipped or start with nothing carried.
     """
     if not inplace:
         model = copy.deepcopy(model)
+    fitting = None if calibrate is None else conversion.Fitting(model, calibrate, min_fidelity)
+    if fitting is not None:
+        min_fidelity = fitting.planned_fidelity
+        example_inputs = fitting.first_inputs() if example_inputs is None else example_inputs
     planned = plan(
         model,
         to,
@@ -118,7 +130,11 @@ def convert(
         **options,
     )
     _warn(planned, fresh_wanted=carry == "fresh", stacklevel=3)
-    return planned.apply()
+    applied = apply_steps(model, planned)
+    if fitting is not None:
+        with applied.taken_back_on_failure():
+            fitting.fit(applied.model, planned)
+    return applied.model
 
 
 def _warn(planned: Plan, *, fresh_wanted: bool, stacklevel: int) -> None:

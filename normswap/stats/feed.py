@@ -103,9 +103,15 @@ def call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     """
     if forward is not None:
         return forward(model, batch)
+    args, kwargs = forward_arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def forward_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What of a batch the forward takes, by position and by keyword."""
     if isinstance(batch, Mapping):
-        return model(**_accepted(model, batch))
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        return (), _accepted(model, batch)
+    return (batch[0] if isinstance(batch, (tuple, list)) else batch,), {}
 
 
 def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

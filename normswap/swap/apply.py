@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -41,11 +42,22 @@ class Applied:
         model: the converted model.
         replaced: the norms that were taken out.
         skips_before: what earlier conversions had left, for taking this one back.
+        changes: what was changed.
     """
 
     model: nn.Module
     replaced: list[nn.Module]
     skips_before: dict[str, Skip]
+    changes: Changes
+
+    @contextmanager
+    def taken_back_on_failure(self) -> Iterator[None]:
+        """If the block fails, the model is to the bit what it was before."""
+        try:
+            yield
+        except BaseException:
+            self.changes.take_back()
+            raise
 
 
 def apply_steps(model: nn.Module, steps: Iterable[Step], *, scoped: bool = False) -> Applied:
@@ -71,7 +83,7 @@ def apply_steps(model: nn.Module, steps: Iterable[Step], *, scoped: bool = False
     remember_skips(model, _skips_after(before, steps), changes)
     keep_in_step(model, changes)
     olds = [step.site.module for step in converting]
-    return Applied(changes.make(model), olds, before)
+    return Applied(changes.make(model), olds, before, changes)
 
 
 def _skips_after(before: dict[str, Skip], steps: list[Step]) -> dict[str, Skip]:

@@ -42,6 +42,7 @@ class Changes:
     flags: list[tuple[Tensor, bool]] = field(default_factory=list)
     parameters: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, object]] = field(default_factory=list)
+    _undo: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
 
     def make(self, model: nn.Module) -> nn.Module:
         """Make all changes, or on any exception, an interrupt included, none.
@@ -80,8 +81,12 @@ class Changes:
             for module, name, attribute in self.attributes:
                 put = partial(_set, module, name)
                 _do(undo, put, vars(module).get(name, ABSENT), attribute)
-            undo.pop_all()
+            self._undo = undo.pop_all()
         return replacement.get(id(model), model)
+
+    def take_back(self) -> None:
+        """Unmake what `make` made, in the reverse order, to the bit."""
+        self._undo.close()
 
 
 def _do(undo: ExitStack, put: Callable[[Any], object], before: Any, after: Any) -> None:

@@ -18,7 +18,7 @@ from normswap.stats.shelf import Shelf
 __all__ = ["refine"]
 
 #: The first step size, in units of a norm's root mean square gain.
-RATE = 1e-2
+RATE = 2e-2
 #: Keeps outputs that are all zero from dividing by zero.
 TINY = 1e-12
 

@@ -1,0 +1,85 @@
+"""Calibration as the last step of a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import StatisticsError, TooUnfaithful
+from normswap.norms.fidelity import Fidelity
+from normswap.stats.calibration.calibrate import calibrate
+from normswap.stats.feed import device_of, forward_arguments, moved
+from normswap.swap.journal import records
+from normswap.swap.plan import Plan
+
+__all__ = ["Fitting"]
+
+
+class Fitting:
+    """Fits what a conversion could not start as the source.
+
+    Args:
+        model: what is to be converted.
+        loader: any iterable of batches.
+        min_fidelity: the least fidelity that is wanted in the end.
+    """
+
+    def __init__(
+        self, model: nn.Module, loader: Iterable[Any], min_fidelity: str | Fidelity | None
+    ) -> None:
+        self._model, self._loader = model, loader
+        self._wanted = min_fidelity
+
+    @property
+    def planned_fidelity(self) -> str | Fidelity | None:
+        """The least fidelity that the plan itself has to have."""
+        return None if self._wanted == Fidelity.CALIBRATED else self._wanted
+
+    def first_inputs(self) -> Any:
+        """What the model's forward takes of the first batch, which is kept to be read again.
+
+        Raises:
+            StatisticsError: there is no batch.
+        """
+        batches = iter(self._loader)
+        try:
+            first = next(batches)
+        except StopIteration:
+            raise StatisticsError(
+                "calibrate= yields no batch, so there is nothing to fit on; is the loader used up?"
+            ) from None
+        if batches is self._loader:  # else it can be read from the start once more
+            self._loader = chain([first], batches)
+        args, kwargs = forward_arguments(self._model, first)
+        return moved(kwargs or args, device_of(self._model, None))
+
+    def fit(self, model: nn.Module, plan: Plan) -> None:
+        """Calibrate what the plan could not make exact in eval mode, if there is any.
+
+        Raises:
+            StatisticsError: it cannot be fitted.
+            TooUnfaithful: something is less faithful than is wanted.
+        """
+        paths = {
+            step.site.path
+            for step in plan.of("convert")
+            if step.fidelity is not None and step.fidelity.rank > Fidelity.NEAR.rank
+        }
+        found = {path for path in records(model) if path in paths}
+        if found:
+            calibrate(model, self._loader, where=lambda site: site.path in found)
+        if self._wanted != Fidelity.CALIBRATED:
+            return
+        worse = [
+            path
+            for path, (_, record) in records(model).items()
+            if path in paths and record.fidelity.rank > Fidelity.CALIBRATED.rank
+        ]
+        if worse:
+            raise TooUnfaithful(
+                f"min_fidelity={self._wanted!s} cannot be kept, since these cannot be "
+                f"calibrated: {', '.join(worse)}; leave them out by skip=, or accept less"
+            )
