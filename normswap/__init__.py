@@ -38,11 +38,14 @@ if TYPE_CHECKING:
     from normswap.norms.start import Start as Start
     from normswap.norms.start import begin as begin
     from normswap.norms.state import NormState as NormState
+    from normswap.stats.channel_stats import DatasetStats as DatasetStats
+    from normswap.stats.dataset import dataset_stats as dataset_stats
     from normswap.stats.report import WarmupReport as WarmupReport
     from normswap.swap.apply import revert as revert
     from normswap.swap.report import report as report
 
 _WHERE = {
+    "DatasetStats": "stats.channel_stats",
     "Fidelity": "norms.fidelity",
     "Norm": "norms.base",
     "NormSpec": "norms.spec",
@@ -58,6 +61,7 @@ _WHERE = {
     "build": "norms.spec",
     "convert": "api",
     "converted": "api",
+    "dataset_stats": "stats.dataset",
     "find": "api",
     "list_norms": "norms.registry",
     "load": "api",
