@@ -40,12 +40,15 @@ if TYPE_CHECKING:
     from normswap.norms.start import begin as begin
     from normswap.norms.state import NormState as NormState
     from normswap.stats.calibration.report import CalibrationReport as CalibrationReport
+    from normswap.stats.channel_stats import DatasetStats as DatasetStats
+    from normswap.stats.dataset import dataset_stats as dataset_stats
     from normswap.stats.report import WarmupReport as WarmupReport
     from normswap.swap.apply import revert as revert
     from normswap.swap.report import report as report
 
 _WHERE = {
     "CalibrationReport": "stats.calibration.report",
+    "DatasetStats": "stats.channel_stats",
     "Fidelity": "norms.fidelity",
     "Norm": "norms.base",
     "NormSpec": "norms.spec",
@@ -62,6 +65,7 @@ _WHERE = {
     "calibrate": "api",
     "convert": "api",
     "converted": "api",
+    "dataset_stats": "stats.dataset",
     "find": "api",
     "list_norms": "norms.registry",
     "load": "api",
