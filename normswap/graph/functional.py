@@ -142,13 +142,18 @@ class _InMode:
 
 def forward_of(cls: type[nn.Module]) -> Forward | None:
     """The forward of a class, if it calls norm functions and its source can be read."""
-    return _parsed(cls.forward)
+    return _parsed(getattr(cls, "forward", None))  # a scripted class has none to show
 
 
 @cache
-def _parsed(function: Callable[..., Any]) -> Forward | None:
+def _parsed(function: Callable[..., Any] | None) -> Forward | None:
     code = getattr(function, "__code__", None)
-    if code is None or not _NAMES & set(code.co_names) or hasattr(function, "__wrapped__"):
+    if (
+        function is None
+        or code is None
+        or not _NAMES & set(code.co_names)
+        or hasattr(function, "__wrapped__")
+    ):
         return None
     tree = _tree(function)
     if tree is None or tree.decorator_list or not _arguments(tree):

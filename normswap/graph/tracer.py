@@ -95,8 +95,13 @@ def _trace_part(part: nn.Module, prefix: str, host: str | None, result: Trace) -
 
 def _trace_children(part: nn.Module, prefix: str, host: str | None, result: Trace) -> None:
     for name, child in part.named_children():
-        if child._modules and reader(type(child)) is None:
+        if child._modules and not _is_whole(child):
             _trace_part(child, f"{prefix}{name}.", host, result)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a module is one node by its kind: a norm, or what Python does not run."""
+    return reader(type(module)) is not None or isinstance(module, torch.jit.ScriptModule)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
@@ -125,7 +130,7 @@ class _AdaptiveTracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             not m._modules
-            or reader(type(m)) is not None
+            or _is_whole(m)
             or module_qualified_name in self.failed
             or type(m) in _WHOLE_MODULES
         )

@@ -93,27 +93,25 @@ class Lockstep:
 
         Args:
             settle: makes the answers; called on every rank for every meeting of any.
-            enough: asked after each meeting whether nothing more is wanted.
+            enough: asked when a forward has ended whether the others, which wait where it did,
+                have nothing more to bring either.
         """
         while (key := first_of_all(min(self._waiting, default=None), self._group)) is not None:
             forwards = self._waiting.pop(key, [])
             answer = settle(key, [forward.brought for forward in forwards])
             self._settled.add(key)
-            if enough():
-                self._waiting[key] = forwards
-                return
-            for forward in forwards:
+            while forwards:
+                forward = forwards.pop(0)
                 forward.brought = None
                 self._advance(forward, answer)
+                if forward.strand.ended and enough():
+                    _give_up(forwards)
 
     def give_up(self) -> None:
         """End every forward that still waits."""
         waiting, self._waiting = self._waiting, {}
         for forwards in waiting.values():
-            for forward in forwards:
-                # Whatever a forward does about its end, the others are to end too.
-                with suppress(Exception):
-                    forward.strand.give_up()
+            _give_up(forwards)
 
     def _advance(self, forward: _Forward, answer: Any = None) -> None:
         self._running = forward
@@ -124,6 +122,13 @@ class Lockstep:
             self._running = None
         if not forward.strand.ended:
             self._waiting.setdefault(key, []).append(forward)
+
+
+def _give_up(forwards: list[_Forward]) -> None:
+    while forwards:
+        # Whatever a forward does about its end, the others are to end too.
+        with suppress(Exception):
+            forwards.pop().strand.give_up()
 
 
 class LateArrival(StatisticsError):

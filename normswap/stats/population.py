@@ -67,7 +67,6 @@ def population(
         with run.shelf, probing(run.probes):
             run.read(skip_nonfinite)
             run.lockstep.run(run.settle, enough=run.enough)
-            run.lockstep.give_up()
     finally:
         run.lockstep.give_up()
         run.shelf.clear()
@@ -99,6 +98,9 @@ class _Population:
             for place, (site, waits) in enumerate(zip(sites, self._waits, strict=True))
         ]
         by_path = {site.path: site for site in sites}
+        self._nothing_after = (
+            feed.forward is None and all(self._waits) and all(site.certainly_once for site in sites)
+        )
         self._gathered = Gathered(lambda path: accumulator_for(by_path[path], "pooled"))
 
     def read(self, skip_nonfinite: bool) -> None:
@@ -131,13 +133,8 @@ class _Population:
         return _as_used(meeting)
 
     def enough(self) -> bool:
-        """Whether nothing comes after this meeting that is to be measured."""
-        return (
-            self._feed.forward is None
-            and all(self._waits)
-            and all(site.certainly_once for site in self._sites)
-            and len(self._meetings.accumulators) == len(self._sites)
-        )
+        """Whether the graph too says that each norm, by now final, is called only once."""
+        return self._nothing_after and len(self._meetings.accumulators) == len(self._sites)
 
     def result(self) -> Gathered:
         """What was seen, norm by norm."""

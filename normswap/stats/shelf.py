@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
 
@@ -94,8 +93,8 @@ class Shelf(TorchFunctionMode):
         """Run a function; what it reads is in memory, and what it makes is the owner's."""
         kwargs = kwargs or {}
         if self._away:  # what one forward keeps on the model, another may read
-            for tensor in _tensors((args, kwargs)):
-                each = self._away.get(_key(tensor))
+            for key, _ in _stored((args, kwargs)):
+                each = self._away.get(key)
                 if each is not None:
                     self._fetch(each)
         result = func(*args, **kwargs)
@@ -105,11 +104,10 @@ class Shelf(TorchFunctionMode):
 
     def _own(self, held: dict[int, _Held], result: Any, sources: Any) -> None:
         """Note which of a function's results lie in storages of the owner's."""
-        for tensor in _tensors(result):
-            key = _key(tensor)
+        for key, tensor in _stored(result):
             each = held.get(key)
             if each is None or each.storage() is None:
-                if any(_key(source) == key for source in _tensors(sources)):
+                if any(other == key for other, _ in _stored(sources)):
                     continue  # a view of what is not the owner's, such as a weight
                 each = held[key] = _Held()
             each.tensors.append(weakref.ref(tensor))
@@ -148,17 +146,17 @@ class Shelf(TorchFunctionMode):
             self._away.pop(storage._cdata, None)
 
 
-def _key(tensor: Tensor) -> int:
-    """What tells storages apart, and is the same for all tensors that lie in one."""
-    key: int = tensor.untyped_storage()._cdata
-    return key
+def _stored(value: Any) -> Iterator[tuple[int, Tensor]]:
+    """The tensors in what a function takes or returns, each with what tells its storage."""
+    for tensor in _tensors(value):
+        # Some kinds, as those within vmap, only stand for others that have a storage.
+        with suppress(NotImplementedError, RuntimeError):
+            yield tensor.untyped_storage()._cdata, tensor
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The plain tensors in what a function takes or returns."""
     if isinstance(value, Tensor):
-        if value.layout is torch.strided and not value.is_nested:
-            yield value
+        yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from _tensors(part)
