@@ -68,9 +68,14 @@ def all_well(group: Any) -> None:
 
 
 def total_of(tensor: Tensor, group: Any) -> Tensor:
-    """The sum of the same-shaped tensors of all ranks, added in their order."""
+    """The sum of the same-shaped tensors of all ranks, added in their order.
+
+    Raises:
+        StatisticsError: a rank has failed.
+    """
     if ranks(group) == 1:
         return tensor
+    all_well(group)
     return torch.stack(_gather(tensor, group)).sum(0).to(tensor.device)
 
 
