@@ -1,9 +1,15 @@
-"""Putting the statistics of batches together: exactly pooled, averaged, or as training does."""
+"""Putting the statistics of batches together: exactly pooled, averaged, or as training does.
+
+The weight of an accumulator is one number, or one for each channel: several norms side by side
+are added to by the same arithmetic as one.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,34 +21,36 @@ __all__ = ["Accumulator", "Average", "Batch", "Ema", "Mergeable", "Pooled", "Ter
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call of a norm measured.
+    """What one call of a norm measured, or one call of each of several norms side by side.
 
     Args:
-        count: values that each channel's mean is over.
-        samples: samples in the batch.
+        count: values that each channel's mean is over; or a number for each channel (C,), in
+            double precision, zero where nothing was measured.
+        samples: samples in the batch, likewise.
         mean: (C,), in double precision.
         var: unbiased variance (C,), in double precision; zero where ``count`` is one.
     """
 
-    count: int
-    samples: int
+    count: int | Tensor
+    samples: int | Tensor
     mean: Tensor
     var: Tensor
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What one batch contributes to statistics that are weighted averages over the batches.
+    """What one batch contributes to weighted averages that the statistics follow from.
 
     Args:
-        weight: of the batch.
-        mean: its term of the mean (C,).
-        var: its term of the variance (C,).
+        weight: of the batch (C,).
+        mean: its mean, from an origin (C,).
+        square: its mean squared deviation from that origin, or where the variance between the
+            batches' means is not part of the statistics, its variance (C,).
     """
 
-    weight: int
+    weight: Tensor
     mean: Tensor
-    var: Tensor
+    square: Tensor
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -83,16 +91,24 @@ class Mergeable(ABC):
 class Accumulator(Mergeable):
     """Takes in batches one by one, and makes statistics of them."""
 
+    #: whether the variance includes that between the batches' means
+    between: ClassVar[bool]
+
     def __init__(self, num_features: int, device: torch.device) -> None:
         super().__init__(num_features, num_features, device)
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for accumulators that can stand side by side in one."""
+        return type(self), self.mean.device
 
     @abstractmethod
     def add(self, batch: Batch) -> None:
         """Take in one batch."""
 
     @abstractmethod
-    def terms(self, batch: Batch) -> Terms:
-        """What a batch contributes, by the mean as it is now."""
+    def terms(self, batch: Batch, origin: Tensor) -> Terms:
+        """What a batch contributes, seen from an origin (C,)."""
 
     @abstractmethod
     def result(self) -> tuple[Tensor, Tensor]:
@@ -102,6 +118,9 @@ class Accumulator(Mergeable):
             StatisticsError: too little was seen for a variance.
         """
 
+    def _number(self, value: int | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=self.mean.device)
+
 
 class Pooled(Accumulator):
     """Exact mean and total variance of all values, by Chan's rule.
@@ -110,25 +129,27 @@ class Pooled(Accumulator):
     Variances", 1979. ``weight`` counts values, ``spread`` is the sum of squared deviations.
     """
 
+    between = True
+
     def add(self, batch: Batch) -> None:
         """Take in one batch, single values included."""
         self.calls += 1
-        count = torch.full_like(self.weight, batch.count)
-        self.merge(count, batch.mean, batch.var * (batch.count - 1))
+        count = self._number(batch.count)
+        self.merge(count, batch.mean, batch.var * (count - 1))
 
-    def terms(self, batch: Batch) -> Terms:
-        """Weighted by values: the mean, and the mean square deviation from the mean of all."""
-        within = batch.var * ((batch.count - 1) / batch.count)
-        return Terms(batch.count, batch.mean, within + (batch.mean - self.mean).square())
+    def terms(self, batch: Batch, origin: Tensor) -> Terms:
+        """Weighted by values: the mean, and the mean square deviation."""
+        count, mean = self._number(batch.count), batch.mean - origin
+        within = batch.var * ((count - 1) / count.clamp(min=1))
+        return Terms(count, mean, within + mean.square())
 
     def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
         """Take in a count, a mean and a sum of squared deviations."""
         total = self.weight + weight
-        if total == 0:
-            return
+        share = weight / total.clamp(min=1)
         delta = mean - self.mean
-        self.mean = self.mean + delta * (weight / total)
-        self.spread = self.spread + spread + delta.square() * (self.weight * weight / total)
+        self.mean = self.mean + delta * share
+        self.spread = self.spread + spread + delta.square() * (self.weight * share)
         self.weight = total
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -149,30 +170,34 @@ class Average(Accumulator):
         by_samples: weigh each batch by its samples, not all the same.
     """
 
+    between = False
+
     def __init__(
         self, num_features: int, device: torch.device, *, by_samples: bool = False
     ) -> None:
         super().__init__(num_features, device)
         self._by_samples = by_samples
 
+    @property
+    def kind(self) -> Hashable:
+        """Also what batches are weighed by."""
+        return super().kind, self._by_samples
+
     def add(self, batch: Batch) -> None:
         """Take in one batch, unless it is a single value."""
         self.calls += 1
-        terms = self.terms(batch)
-        self.merge(torch.full_like(self.weight, terms.weight), terms.mean, terms.var)
+        self.merge(self._weight(batch), batch.mean, batch.var)
 
-    def terms(self, batch: Batch) -> Terms:
+    def terms(self, batch: Batch, origin: Tensor) -> Terms:
         """Mean and variance themselves, weighted by one or by samples."""
-        weight = batch.samples if self._by_samples else 1
-        return Terms(weight if batch.count > 1 else 0, batch.mean, batch.var)
+        return Terms(self._weight(batch), batch.mean - origin, batch.var)
 
     def merge(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
         """Take in a weight, a mean of means and a mean of variances."""
         total = self.weight + weight
-        if total == 0:
-            return
-        self.mean = self.mean + (mean - self.mean) * (weight / total)
-        self.spread = self.spread + (spread - self.spread) * (weight / total)
+        share = weight / total.clamp(min=1)
+        self.mean = self.mean + (mean - self.mean) * share
+        self.spread = self.spread + (spread - self.spread) * share
         self.weight = total
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -180,6 +205,10 @@ class Average(Accumulator):
         if self.weight == 0:
             raise StatisticsError("it saw no batch of two or more values per channel")
         return self.mean, self.spread
+
+    def _weight(self, batch: Batch) -> Tensor:
+        weight = self._number(batch.samples if self._by_samples else 1)
+        return weight * (self._number(batch.count) > 1)
 
 
 class Ema(Average):
@@ -198,13 +227,21 @@ class Ema(Average):
         self._batches = batches
         self.mean, self.spread = precise(mean), precise(var)
 
+    @property
+    def kind(self) -> Hashable:
+        """Also how the average moves."""
+        return super().kind, self._momentum, self._batches
+
     def add(self, batch: Batch) -> None:
         """Move on by one batch, unless it is a single value."""
         self.calls += 1
-        if batch.count < 2:
-            return
-        self.weight = self.weight + 1
-        seen = self._batches + self.calls
-        factor = 1 / seen if self._momentum is None else self._momentum
-        self.mean = self.mean.lerp(batch.mean, factor)
-        self.spread = self.spread.lerp(batch.var, factor)
+        moves = self._weight(batch)
+        self.weight = self.weight + moves
+        seen = self.weight + self._batches
+        factor = 1 / seen.clamp(min=1) if self._momentum is None else self._momentum
+        self.mean = self.mean.lerp(batch.mean, moves * factor)
+        self.spread = self.spread.lerp(batch.var, moves * factor)
+
+    def terms(self, batch: Batch, origin: Tensor) -> Terms:
+        """Nothing: a moving average never settles."""
+        return Terms(torch.zeros_like(origin), batch.mean - origin, batch.var)

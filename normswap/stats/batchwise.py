@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import closing, suppress
+from itertools import chain
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from normswap.errors import StatisticsError
@@ -15,7 +16,8 @@ from normswap.stats.bookmark import Bookmark
 from normswap.stats.distributed import all_well, merge_ranks
 from normswap.stats.feed import Feed, batch_size
 from normswap.stats.gathered import Gathered
-from normswap.stats.measure import UNTOUCHED, Meter
+from normswap.stats.joint import joints_of
+from normswap.stats.measure import Meter
 from normswap.stats.probe import probing
 from normswap.stats.writing import statistics_of
 
@@ -51,29 +53,40 @@ def batchwise(
     Raises:
         StatisticsError: values are not finite, or the bookmark is of another pass.
     """
-    by_path = {site.path: site for site in sites}
-    gathered = Gathered(lambda path: accumulator_for(by_path[path], method))
+    accumulators = {site.path: accumulator_for(site, method) for site in sites}
+    gathered = Gathered(accumulators.__getitem__, accumulators, joints_of(accumulators))
     bookmark.load(gathered)
     # Where the graph shows each norm called exactly once, nothing comes after the last of them.
     # Where it does not, batches may take different ways, and forwards run to the end.
     once = feed.forward is None and all(site.certainly_once for site in sites)
     collector = _Collector(gathered, most=len(sites) if once else None)
-    with probing([Meter(site, collector.receive) for site in sites]):
-        for index, batch in enumerate(feed):
-            if bookmark.turn(batch):
-                continue
+    known = gathered.convergence
+    with (
+        closing(_unread(feed, bookmark)) as unread,
+        probing([Meter(site, collector.receive) for site in sites]),
+    ):
+        while (tol is None or not known.within(tol)) and (page := next(unread, None)):
+            index, batch = page
             with suppress(_LastNormReached):
                 feed.run(model, batch)
             gathered.count(batch_size(batch), kept=collector.close_batch(index, skip_nonfinite))
-            bookmark.save(gathered)
             if tol is not None or gathered.batches.bit_count() == 1:  # else 1, 2, 4, 8, ...
-                point = gathered.convergence.look(gathered.samples)
-                if tol is not None and point is not None and point.error <= tol:
-                    break
-        bookmark.close()
+                known.look(gathered.samples)
+            bookmark.save(gathered)
+    known.look(gathered.samples)
+    gathered.settle()
     all_well(group)
-    merge_ranks([gathered.of(site.path) for site in sites], group)
+    merge_ranks(list(accumulators.values()), group)
     return gathered
+
+
+def _unread(feed: Feed, bookmark: Bookmark) -> Generator[tuple[int, Any], None, None]:
+    """The batches after those that a bookmark knows, with their numbers."""
+    with closing(iter(feed)) as batches:
+        for index, batch in enumerate(batches):
+            if not bookmark.turn(batch):
+                yield index, batch
+    bookmark.close()
 
 
 def accumulator_for(site: NormSite, method: Literal["ema", "average", "pooled"]) -> Accumulator:
@@ -125,18 +138,20 @@ class _Collector:
             self._most = self._most if len(pending) == self._most else None
         if not pending:
             return True
-        measured = torch.cat([torch.cat([batch.mean, batch.var]) for _, batch in pending])
-        if not bool(measured.isfinite().all()):
+        joints = self._gathered.joints
+        rounds = [joint.rounds((s.path, batch) for s, batch in pending) for joint in joints]
+        if not all(map(_is_finite, chain.from_iterable(rounds))):
             if skip_nonfinite:
                 return False
-            site = next(s for s, b in pending if not bool((b.mean + b.var).isfinite().all()))
+            site = next(site for site, batch in pending if not _is_finite(batch))
             raise StatisticsError(
                 f"{site.label}: values that are not finite in batch {index} (counted from 0); "
                 'mend the data or the model, or leave such batches out by on_nonfinite="skip"'
             )
-        for site, batch in pending:
-            if batch.count and not bool((batch.var == UNTOUCHED).all()):
-                accumulator = self._gathered.of(site.path)
-                accumulator.add(batch)
-                self._gathered.convergence.add(site.path, accumulator.terms(batch))
+        for joint, each in zip(joints, rounds, strict=True):
+            joint.add(each)
         return True
+
+
+def _is_finite(batch: Batch) -> bool:
+    return bool((batch.mean + batch.var).isfinite().all())

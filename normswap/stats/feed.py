@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ class Feed:
     progress: bool
     title: str
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         """Read the loader."""
         return batches_of(
             self.loader,
@@ -159,7 +159,7 @@ def batch_size(batch: Any) -> int:
 
 def batches_of(
     loader: Iterable[Any], *, batches: int | None, samples: int | None, progress: bool, title: str
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Read a loader up to a budget, with a progress bar where a terminal shows it.
 
     Args:
@@ -185,7 +185,7 @@ def batches_of(
 
 def _tracked(
     loader: Iterable[Any], batches: int | None, progress: bool, title: str
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     if not (progress and sys.stderr.isatty()):
         yield from loader
         return

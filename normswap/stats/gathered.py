@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from normswap.stats.accumulate import Accumulator
 from normswap.stats.convergence import Convergence
+from normswap.stats.joint import Joint
 
 __all__ = ["Gathered"]
 
@@ -21,18 +22,25 @@ class Gathered:
     Args:
         make: makes the accumulator of a name.
         accumulators: by name, mostly a norm's path.
-        convergence: how well the statistics are known.
+        joints: what adds to several accumulators at once, and brings them up to date when asked.
         batches: batches that counted.
         samples: samples that counted.
         skipped: batches left out because of values that are not finite.
+
+    Attributes:
+        convergence: how well the statistics are known.
     """
 
     make: Callable[[str], Accumulator]
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
-    convergence: Convergence = field(default_factory=Convergence)
+    joints: Sequence[Joint] = ()
     batches: int = 0
     samples: int = 0
     skipped: int = 0
+    convergence: Convergence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.convergence = Convergence(self.joints)
 
     def of(self, name: str) -> Accumulator:
         """The accumulator of a name."""
@@ -40,19 +48,20 @@ class Gathered:
             self.accumulators[name] = self.make(name)
         return self.accumulators[name]
 
-    @property
-    def read(self) -> int:
-        """Batches read, those left out included."""
-        return self.batches + self.skipped
-
     def count(self, samples: int, *, kept: bool) -> None:
         """Count a batch."""
         self.batches += kept
         self.skipped += not kept
         self.samples += samples if kept else 0
 
+    def settle(self) -> None:
+        """Bring the accumulators up to date."""
+        for joint in self.joints:
+            joint.settle()
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All there is to remember: tensors by name, and what JSON can hold."""
+        self.settle()
         tensors, convergence = self.convergence.state()
         tensors = {f"convergence.{name}": tensor for name, tensor in tensors.items()}
         for name, each in self.accumulators.items():
@@ -77,10 +86,11 @@ class Gathered:
             each.spread = tensors[f"seen.{name}.spread"].to(each.spread.device)
         self.batches, self.samples = notes["batches"], notes["samples"]
         self.skipped = notes["skipped"]
-        device = next((each.mean.device for each in self.accumulators.values()), None)
+        for joint in self.joints:
+            joint.take()
         self.convergence.restore(
             {
-                name.removeprefix("convergence."): tensor.to(device)
+                name.removeprefix("convergence."): tensor
                 for name, tensor in tensors.items()
                 if name.startswith("convergence.")
             },
