@@ -61,7 +61,8 @@ class Meter(Probe):
         self._samples = x.shape[0]
         mean.zero_()
         var.fill_(UNTOUCHED)
-        self.module.training = self._count > 1
+        if self._count < 2:
+            self.module.training = False
         if self._count == 1:
             # torch refuses to train on a single value; its output would be the bias, which is
             # what evaluation gives when the mean is that value.
@@ -71,12 +72,13 @@ class Meter(Probe):
 
     def after(self, x: Tensor) -> None:
         """Tell what was measured."""
-        self.module.training = True
+        if self._count < 2:
+            self.module.training = True
         if self._alone is not None:
             batch = Batch(1, self._samples, self._alone, torch.zeros_like(self._alone))
             self._alone = None
             return self._receive(self.site, batch)
-        mean, var = (precise(buffer) for buffer in self.scratch)
+        mean, var = precise(torch.stack(self.scratch))
         if self._count > 1 and self.site.state.rule.train.over == "batch":
             mean, var = refined(x, self.site.channel_dim, mean, var)
         self._receive(self.site, Batch(self._count, self._samples, mean, var))
