@@ -24,17 +24,21 @@ class Batch:
     """What one call of a norm measured, or one call of each of several norms side by side.
 
     Args:
-        count: values that each channel's mean is over; or a number for each channel (C,), in
-            double precision, zero where nothing was measured.
+        count: values that each channel's mean is over; or a number for each channel (C,), zero
+            where nothing was measured.
         samples: samples in the batch, likewise.
-        mean: (C,), in double precision.
-        var: unbiased variance (C,), in double precision; zero where ``count`` is one.
+        mean: (C,).
+        var: unbiased variance (C,); zero where ``count`` is one.
     """
 
     count: int | Tensor
     samples: int | Tensor
     mean: Tensor
     var: Tensor
+
+    def precise(self) -> Batch:
+        """A copy in double precision."""
+        return Batch(self.count, self.samples, precise(self.mean), precise(self.var))
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class Mergeable(ABC):
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = self.weight.new_zeros(means)
         self.spread = self.weight.new_zeros(spreads)
+
+    @property
+    @abstractmethod
+    def variance(self) -> Tensor:
+        """The variance of what was seen so far (C,), if anything was."""
 
     def forget(self) -> None:
         """Go back to having seen nothing, before a merge of all ranks."""
@@ -131,6 +140,11 @@ class Pooled(Accumulator):
 
     between = True
 
+    @property
+    def variance(self) -> Tensor:
+        """Biased."""
+        return self.spread / self.weight.clamp(min=1)
+
     def add(self, batch: Batch) -> None:
         """Take in one batch, single values included."""
         self.calls += 1
@@ -177,6 +191,11 @@ class Average(Accumulator):
     ) -> None:
         super().__init__(num_features, device)
         self._by_samples = by_samples
+
+    @property
+    def variance(self) -> Tensor:
+        """Average unbiased variance."""
+        return self.spread
 
     @property
     def kind(self) -> Hashable:

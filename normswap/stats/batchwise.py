@@ -59,14 +59,12 @@ def batchwise(
     # Where the graph shows each norm called exactly once, nothing comes after the last of them.
     # Where it does not, batches may take different ways, and forwards run to the end.
     once = feed.forward is None and all(site.certainly_once for site in sites)
-    collector = _Collector(gathered, most=len(sites) if once else None)
+    collector = _Collector(gathered, sites, most=len(sites) if once else None)
     known = gathered.convergence
-    with (
-        closing(_unread(feed, bookmark)) as unread,
-        probing([Meter(site, collector.receive) for site in sites]),
-    ):
+    with closing(_unread(feed, bookmark)) as unread, probing(collector.meters):
         while (tol is None or not known.within(tol)) and (page := next(unread, None)):
             index, batch = page
+            collector.open_batch()
             with suppress(_LastNormReached):
                 feed.run(model, batch)
             gathered.count(batch_size(batch), kept=collector.close_batch(index, skip_nonfinite))
@@ -114,20 +112,31 @@ class _Collector:
 
     Args:
         gathered: where it counts.
+        sites: the norms.
         most: how many calls there are in a forward, if that is known; no forward goes on after.
     """
 
-    def __init__(self, gathered: Gathered, *, most: int | None) -> None:
+    def __init__(self, gathered: Gathered, sites: list[NormSite], *, most: int | None) -> None:
+        self.meters = [Meter(site, self._receive) for site in sites]
         self._gathered = gathered
         self._most = most
         self._pending: list[tuple[NormSite, Batch]] = []
         self._saw_whole_forward = False
 
-    def receive(self, site: NormSite, batch: Batch) -> None:
+    def _receive(self, site: NormSite, batch: Batch) -> None:
         """Take what one call measured; end the forward if it was the last."""
         self._pending.append((site, batch))
         if self._saw_whole_forward and len(self._pending) == self._most:
             raise _LastNormReached
+
+    def open_batch(self) -> None:
+        """Make ready for the next batch."""
+        for meter in self.meters:
+            meter.ready()
+        if self._gathered.batches:
+            far = set[str]().union(*(joint.far() for joint in self._gathered.joints))
+            for meter in self.meters:
+                meter.watchful = meter.site.path in far
 
     def close_batch(self, index: int, skip_nonfinite: bool) -> bool:
         """Take in what the batch brought; return whether it counts."""
@@ -136,8 +145,6 @@ class _Collector:
         if not self._saw_whole_forward:
             self._saw_whole_forward = True
             self._most = self._most if len(pending) == self._most else None
-        if not pending:
-            return True
         joints = self._gathered.joints
         rounds = [joint.rounds((s.path, batch) for s, batch in pending) for joint in joints]
         if not all(map(_is_finite, chain.from_iterable(rounds))):

@@ -8,11 +8,15 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 
-from normswap.stats.accumulate import Accumulator, Batch
+from normswap.stats.accumulate import Accumulator, Batch, precise
 from normswap.stats.measure import UNTOUCHED
+from normswap.stats.moments import FAR
 from normswap.stats.scatter import Scatter
 
 __all__ = ["Joint", "joints_of"]
+
+#: What comes as near as this to being far is watched.
+MARGIN = 8
 
 
 class Joint:
@@ -89,6 +93,17 @@ class Joint:
         self.scatter.settle_origin(self._whole.mean)
         self.scatter.add([self._whole.terms(each, self.scatter.origin) for each in rounds])
 
+    def far(self) -> set[str]:
+        """The norms that may be so far from zero that single precision measures them coarsely.
+
+        Judged by all that was seen of them: where one batch is farther than that, as one that is
+        all but constant, its rounding is nothing beside the deviation of all.
+        """
+        mean, var = self._whole.mean, self._whole.variance
+        channels = (mean.square() > (FAR / MARGIN) ** 2 * var) | (self._whole.weight == 0)
+        far = set(self._norm[channels].tolist())
+        return {path for index, path in enumerate(self._parts) if index in far}
+
     def errors(self) -> dict[str, tuple[float, float]]:
         """Of each norm that was reached the standard errors of its mean and variance.
 
@@ -105,8 +120,8 @@ class Joint:
 
     def _abreast(self, batches: Mapping[str, Batch]) -> Batch:
         each = [batches.get(path, nothing) for path, nothing in self._nothing.items()]
-        mean = torch.cat([batch.mean for batch in each])
-        var = torch.cat([batch.var for batch in each])
+        mean = precise(torch.cat([batch.mean for batch in each]))
+        var = precise(torch.cat([batch.var for batch in each]))
         touched = var != UNTOUCHED
         numbers = [[batch.count for batch in each], [batch.samples for batch in each]]
         count, samples = torch.tensor(numbers, device=var.device)[:, self._norm] * touched

@@ -1,7 +1,8 @@
 """What a norm measures of each batch, read from the norm itself while it computes.
 
 In train mode a norm computes its batch's mean and variance anyway. With momentum 1 it writes them
-to its running buffers, so they are read there and cost nothing.
+to its running buffers, so they are read there and cost nothing. Small operations amid large ones
+are slow, on any device: there is none while a forward runs, if the norm is called once in it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from normswap.stats.probe import Probe
 
 __all__ = ["UNTOUCHED", "Meter", "Receive"]
 
-#: Called after each call of a norm with what it measured; a norm that measures nothing, as on an
-#: empty batch, leaves the variance at `UNTOUCHED`.
+#: Called after each call of a norm with what it measured, which stays as it is until the `Meter`
+#: is told to be ready again; a norm that measures nothing, as on an empty batch, leaves the
+#: variance at `UNTOUCHED`.
 Receive = Callable[[NormSite, Batch], None]
 
 UNTOUCHED = -1.0
@@ -35,12 +37,17 @@ class Meter(Probe):
     Args:
         site: where the norm is.
         receive: what is told of every call.
+
+    Attributes:
+        watchful: whether to measure again what was measured too coarsely, far from zero.
     """
 
     def __init__(self, site: NormSite, receive: Receive) -> None:
         super().__init__(site)
+        self.watchful = True
         self._receive = receive
         self._alone: Tensor | None = None
+        self._told = False
 
     def attributes(self) -> dict[str, Any]:
         """Momentum 1 and train mode; and ranks that do not wait for each other in forward."""
@@ -54,18 +61,32 @@ class Meter(Probe):
             return measures | {"forward": _LocalForward(module, self.site.state.tail)}
         return measures
 
-    def before(self, x: Tensor) -> None:
-        """Make room for what will be measured."""
+    def attach(self) -> None:
+        """Lend the norm its scratch buffers, ready to be written to."""
+        super().attach()
+        self.ready()
+
+    def ready(self) -> None:
+        """Let the next calls overwrite what was told of the last ones."""
         mean, var = self.scratch
-        self._count = x.numel() // self.site.num_features
-        self._samples = x.shape[0]
         mean.zero_()
         var.fill_(UNTOUCHED)
+        self._told = False
+
+    def before(self, x: Tensor) -> None:
+        """Make room for what will be measured."""
+        if self._told:
+            mean, var = self.scratch
+            self.scratch = torch.empty_like(mean), torch.empty_like(var)
+            self.ready()
+        self._count = x.numel() // self.site.num_features
+        self._samples = x.shape[0]
         if self._count < 2:
             self.module.training = False
         if self._count == 1:
             # torch refuses to train on a single value; its output would be the bias, which is
             # what evaluation gives when the mean is that value.
+            mean, var = self.scratch
             var.fill_(1.0)
             mean.copy_(x.detach().movedim(self.site.channel_dim, 1).reshape(-1))
             self._alone = precise(mean)
@@ -74,13 +95,14 @@ class Meter(Probe):
         """Tell what was measured."""
         if self._count < 2:
             self.module.training = True
+        self._told = True
         if self._alone is not None:
             batch = Batch(1, self._samples, self._alone, torch.zeros_like(self._alone))
             self._alone = None
             return self._receive(self.site, batch)
-        mean, var = precise(torch.stack(self.scratch))
-        if self._count > 1 and self.site.state.rule.train.over == "batch":
-            mean, var = refined(x, self.site.channel_dim, mean, var)
+        mean, var = self.scratch
+        if self.watchful and self._count > 1 and self.site.state.rule.train.over == "batch":
+            mean, var = refined(x, self.site.channel_dim, precise(mean), precise(var))
         self._receive(self.site, Batch(self._count, self._samples, mean, var))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normswap.stats.accumulate import precise
 
-__all__ = ["channel_moments", "refined"]
+__all__ = ["FAR", "channel_moments", "refined"]
 
 #: Beyond this many standard deviations from zero, a mean rounded to single precision costs the
 #: variance more than rounding errors of its own: (1e3 · 1e-7)² = 1e-8 is still below them.

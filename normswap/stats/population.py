@@ -155,7 +155,7 @@ class _Population:
 
     def _pass(self, site: NormSite, batch: Batch) -> None:
         _require_finite(site, batch, self.lockstep.index)
-        self._passing.append((site, batch))
+        self._passing.append((site, batch.precise()))
 
     def _take_passing(self) -> None:
         for site, batch in self._passing:

@@ -57,6 +57,10 @@ class Probe(ABC):
         """The running mean and variance, (C,) each, that the norm has meanwhile."""
         return self.module._buffers["running_mean"], self.module._buffers["running_var"]
 
+    @scratch.setter
+    def scratch(self, buffers: tuple[Tensor, Tensor]) -> None:
+        self.module._buffers["running_mean"], self.module._buffers["running_var"] = buffers
+
     def attach(self) -> None:
         """Lend the norm its scratch buffers and hook into its calls."""
         module = self.module
