@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import OptionError
+from normswap.progress import bar
 
 __all__ = [
     "Feed",
@@ -175,27 +175,25 @@ def batches_of(
     for name, budget in (("batches", batches), ("samples", samples)):
         if budget is not None and budget < 1:
             raise OptionError(f"{name}={budget} leaves nothing to read; give 1 or more, or None")
+    length = _least(batches, _length(loader))
     seen = 0
-    for index, batch in enumerate(_tracked(loader, batches, progress, title), start=1):
-        yield batch
-        seen += batch_size(batch)
-        if (batches is not None and index >= batches) or (samples is not None and seen >= samples):
-            return
+    with bar(title, unit="samples", shown=progress) as tell:
+        for index, batch in enumerate(loader, start=1):
+            yield batch
+            seen += batch_size(batch)
+            if batches is not None and index >= batches:
+                return
+            if samples is not None and seen >= samples:
+                return
+            tell(seen, _least(samples, None if length is None else seen / index * length))
 
 
-def _tracked(
-    loader: Iterable[Any], batches: int | None, progress: bool, title: str
-) -> Generator[Any, None, None]:
-    if not (progress and sys.stderr.isatty()):
-        yield from loader
-        return
-    from rich.console import Console
-    from rich.progress import track
-
+def _length(loader: Iterable[Any]) -> int | None:
     try:
-        total: int | None = len(loader)  # type: ignore[arg-type]
+        return len(loader)  # type: ignore[arg-type]
     except TypeError:
-        total = None
-    if batches is not None:
-        total = batches if total is None else min(batches, total)
-    yield from track(loader, title, total=total, console=Console(stderr=True), transient=True)
+        return None
+
+
+def _least(*values: float | None) -> float | None:
+    return min((value for value in values if value is not None), default=None)

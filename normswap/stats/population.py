@@ -7,6 +7,7 @@ arithmetic in all, and each norm is fed by norms that use their final statistics
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -105,20 +106,21 @@ class _Population:
 
     def read(self, skip_nonfinite: bool) -> None:
         """Read the loader, each batch up to the first norm that is not final."""
-        for index, batch in enumerate(self._feed):
-            self._bookmark.turn(batch)
-            size, box = batch_size(batch), [batch]
-            del batch
-            try:
-                self.lockstep.start(partial(_run, self._feed, self._model, box), index)
-            except _NotFinite:
-                if not skip_nonfinite or self._meetings.accumulators:
-                    raise
-                self._passing.clear()
-                self._gathered.count(size, kept=False)
-            else:
-                self._take_passing()
-                self._gathered.count(size, kept=True)
+        with closing(iter(self._feed)) as batches:
+            for index, batch in enumerate(batches):
+                self._bookmark.turn(batch)
+                size, box = batch_size(batch), [batch]
+                del batch
+                try:
+                    self.lockstep.start(partial(_run, self._feed, self._model, box), index)
+                except _NotFinite:
+                    if not skip_nonfinite or self._meetings.accumulators:
+                        raise
+                    self._passing.clear()
+                    self._gathered.count(size, kept=False)
+                else:
+                    self._take_passing()
+                    self._gathered.count(size, kept=True)
         self._bookmark.close()
 
     def settle(self, key: Key, brought: list[Batch]) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
+from normswap.picture import Panel, draw
+from normswap.progress import rate
 from normswap.stats.convergence import Point
 from normswap.table import Listing
 
@@ -80,23 +84,114 @@ class WarmupReport(Listing[Drift]):
         """The norms that were left alone, with the reason as their status."""
         return [row for row in self if row.status != "estimated"]
 
+    @property
+    def samples_per_second(self) -> float:
+        """Throughput of this rank."""
+        return self.samples / self.seconds
+
+    @property
+    def samples_needed(self) -> int | None:
+        """Samples after which the tolerance was met; ``None`` if it never was, or none was set."""
+        if self.tol is None:
+            return None
+        return next((p.samples for p in self.convergence if p.error <= self.tol), None)
+
     def summary(self) -> str:
-        """How many norms from how much data, and how long it took."""
+        """How many norms from how much data, how long it took, and how well they are known."""
         skipped = f", {self.skipped} batches skipped" if self.skipped else ""
         return (
             f"{self.method}: {len(self.estimated)} of {len(self)} norms from {self.samples} "
-            f"samples in {self.batches} batches{skipped}, {self.seconds:.1f} s"
+            f"samples in {self.batches} batches{skipped}, {self.seconds:.1f} s, "
+            f"{rate(self.samples_per_second, 'samples')}{self._tolerance()}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON can hold it: numbers, texts, lists and mappings by name."""
+        names = ("method", "batches", "samples", "skipped", "seconds", "samples_per_second")
+        return {
+            **{name: getattr(self, name) for name in (*names, "tol", "samples_needed")},
+            "norms": [asdict(row) for row in self],
+            "convergence": [asdict(point) for point in self.convergence],
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw how far each norm's statistics moved, and how well they were known on the way.
+
+        Args:
+            path: where the picture goes; its ending says the format, such as ``.png``.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+            OptionError: the picture cannot be written there.
+        """
+        columns = [self._drift_panels()]
+        if self.convergence:
+            columns.append([self._convergence_panel()])
+        draw(path, columns, title=f"{self.title}, {self.summary()}")
+
+    def _tolerance(self) -> str:
+        if self.tol is None:
+            return ""
+        if self.samples_needed is not None:
+            return f"; known to {self.tol:g} after {self.samples_needed} samples"
+        if not self.convergence:
+            return f"; not known to {self.tol:g}: too few batches to tell"
+        last = self.convergence[-1]
+        return f"; not known to {self.tol:g}: {_named(last.worst)} only to {last.error:.2g}"
+
+    def _drift_panels(self) -> list[Panel]:
+        names = [_named(row.path) for row in self.estimated]
+        shifts = [row.mean_shift for row in self if row.mean_shift is not None]
+        ratios = [row.var_ratio for row in self if row.var_ratio is not None]
+        where = "norms, in the order of the model"
+        return [
+            Panel(
+                "Drift along depth",
+                where,
+                "mean moved by\n(new standard deviations)",
+                {"mean": shifts},
+                names=names,
+            ),
+            Panel(
+                "",
+                where,
+                "variance, new over old",
+                {"variance": ratios},
+                names=names,
+                base=1.0,
+                log="y",
+            ),
+        ]
+
+    def _convergence_panel(self) -> Panel:
+        points = self.convergence
+        return Panel(
+            "Convergence of the norm known least",
+            "samples read",
+            "standard error",
+            {
+                "variance, relative to it": [point.var_error for point in points],
+                "mean, in standard deviations": [point.mean_error for point in points],
+            },
+            kind="line",
+            places=[point.samples for point in points],
+            rules={} if self.tol is None else {f"tol={self.tol:g}": self.tol},
+            log="xy",
         )
 
     def cells(self, item: Drift) -> tuple[object, ...]:
         """One norm as a row."""
         return (
-            item.path or "(the model itself)",
+            _named(item.path),
             item.status,
             item.calls or "",
             "" if item.mean_shift is None else f"{item.mean_shift:.3f}",
             "" if item.var_ratio is None else f"{item.var_ratio:.3f}",
         )
+
+
+def _named(path: str) -> str:
+    return path or "(the model itself)"
 
 
 def drift(

@@ -104,7 +104,8 @@ def warmup(
     sites, left = choose(inner, where)
     place = device_of(inner, device)
     feed = Feed(loader, batches, samples, forward, place, amp, progress, "Warm-up")
-    bookmark = Bookmark(resume, _identity(inner, sites, method), rank=rank_of(group))
+    about = {} if resume is None else _identity(inner, sites, method)
+    bookmark = Bookmark(resume, about, rank=rank_of(group))
     common: dict[str, Any] = {
         "skip_nonfinite": on_nonfinite == "skip",
         "bookmark": bookmark,

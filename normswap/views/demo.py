@@ -6,25 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from normswap.picture import FAINT, FRAME, INK, OURS, PLAIN, Panel, draw_panel, save, sheet
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 __all__ = ["draw_demo"]
 
-# From Okabe and Ito's palette, which stays apart under every common colour blindness. The two
-# also differ in lightness, for print without colour.
-PLAIN = "#E69F00"
-OURS = "#0072B2"
-INK = "#222222"
-FAINT = "#767676"
-FRAME = "#CCCCCC"
-
-BAR = 0.42
-MOST_LEVEL = 4
-MOST_LABELLED = 12
-MOST_TICKS = 10
-TALL = 50
 SAMPLE_COLUMNS = 4
 
 Pixels = Sequence[Sequence[float]]
@@ -55,80 +43,40 @@ def draw_demo(
         samples: images as brightness by row and column, with what was read in them before and
             after the warm-up.
     """
-    from matplotlib.figure import Figure
-
-    # A figure of its own, not pyplot's: no window, and none of the caller's settings change.
-    figure = Figure(figsize=(14, 4.8), dpi=150, layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=13, color=INK)
-    grid = figure.add_gridspec(1, 3, width_ratios=(1.1, 1.15, 0.9), wspace=0.04)
-    left, middle, right = (figure.add_subfigure(grid[0, column]) for column in range(3))
-    _draw_epochs(left.subplots(), epochs)
-    _draw_groups(middle.subplots(), groups, original, reverted)
+    figure, (left, middle, right) = sheet(title, widths=(4.9, 5.1, 4.0), height=4.8)
+    draw_panel(left.subplots(), _epochs(epochs))
+    draw_panel(middle.subplots(), _groups(groups, original, reverted))
     _draw_samples(right, samples)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
-def _draw_epochs(axes: Axes, epochs: Sequence[Pair]) -> None:
-    _draw_pairs(axes, epochs, plain="running averages, as trained", ours="after normswap.warmup")
-    axes.set_title("Warm-up of BatchNorm's statistics", fontsize=11, color=INK)
-    ticks = range(0, len(epochs), -(-len(epochs) // MOST_TICKS))
-    axes.set_xticks(ticks, [str(index + 1) for index in ticks])
-    axes.set_xlabel("epochs of training", color=INK)
-
-
-def _draw_groups(
-    axes: Axes, groups: Sequence[tuple[str, Pair]], original: float, reverted: float
-) -> None:
-    axes.axhline(
-        100 * original,
-        color=INK,
-        linewidth=1,
-        linestyle=(0, (4, 3)),
-        zorder=0,
-        label=f"BatchNorm: {original:.1%}, after revert: {reverted:.1%}",
+def _epochs(epochs: Sequence[Pair]) -> Panel:
+    return Panel(
+        "Warm-up of BatchNorm's statistics",
+        "epochs of training",
+        "test accuracy",
+        {
+            "running averages, as trained": [100 * running for running, _ in epochs],
+            "after normswap.warmup": [100 * warmed for _, warmed in epochs],
+        },
+        names=[str(number) for number, _ in enumerate(epochs, start=1)],
+        percent=True,
     )
-    _draw_pairs(
-        axes,
-        [pair for _, pair in groups],
-        plain='affine copied, carry="copy"',
-        ours='moments matched, carry="auto"',
+
+
+def _groups(groups: Sequence[tuple[str, Pair]], original: float, reverted: float) -> Panel:
+    return Panel(
+        "BatchNorm to GroupNorm, no training",
+        "number of groups",
+        "test accuracy",
+        {
+            'affine copied, carry="copy"': [100 * copied for _, (copied, _) in groups],
+            'moments matched, carry="auto"': [100 * matched for _, (_, matched) in groups],
+        },
+        names=[label for label, _ in groups],
+        rules={f"BatchNorm: {original:.1%}, after revert: {reverted:.1%}": 100 * original},
+        percent=True,
     )
-    axes.set_title("BatchNorm to GroupNorm, no training", fontsize=11, color=INK)
-    axes.set_xticks(range(len(groups)), [label for label, _ in groups])
-    axes.set_xlabel("number of groups", color=INK)
-
-
-def _draw_pairs(axes: Axes, pairs: Sequence[Pair], *, plain: str, ours: str) -> None:
-    """Draw pairs of accuracies as bars side by side, with their values where there is room."""
-    for side, (name, color, on_color) in enumerate(((plain, PLAIN, INK), (ours, OURS, "white"))):
-        places = [index + (side - 0.5) * BAR for index in range(len(pairs))]
-        heights = [100 * pair[side] for pair in pairs]
-        axes.bar(places, heights, width=BAR - 0.03, color=color, label=name)
-        if len(pairs) > MOST_LABELLED:
-            continue
-        for place, height in zip(places, heights, strict=True):
-            # Inside tall bars, where the line of reference does not run through the value.
-            inside = height > TALL
-            axes.annotate(
-                f"{height:.1f}%",
-                (place, height),
-                xytext=(0, -4 if inside else 3),
-                textcoords="offset points",
-                horizontalalignment="center",
-                verticalalignment="top" if inside else "bottom",
-                rotation=0 if len(pairs) <= MOST_LEVEL else 90,
-                fontsize=8.5,
-                color=on_color if inside else INK,
-            )
-    # Room for the legend above the bars.
-    axes.set_ylim(0, 128)
-    axes.set_yticks(range(0, 101, 20), [f"{value}%" for value in range(0, 101, 20)])
-    axes.set_ylabel("test accuracy", color=INK)
-    axes.legend(loc="upper left", fontsize=9, frameon=False, borderaxespad=0.2, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines["left"].set_bounds(0, 100)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.tick_params(axis="x", length=0)
 
 
 def _draw_samples(figure: SubFigure, samples: Sequence[tuple[Pixels, int, int]]) -> None:
