@@ -80,11 +80,6 @@ class Mergeable(ABC):
         self.mean = self.weight.new_zeros(means)
         self.spread = self.weight.new_zeros(spreads)
 
-    @property
-    @abstractmethod
-    def variance(self) -> Tensor:
-        """The variance of what was seen so far (C,), if anything was."""
-
     def forget(self) -> None:
         """Go back to having seen nothing, before a merge of all ranks."""
         self.calls = 0
@@ -110,6 +105,11 @@ class Accumulator(Mergeable):
     def kind(self) -> Hashable:
         """Equal for accumulators that can stand side by side in one."""
         return type(self), self.mean.device
+
+    @property
+    @abstractmethod
+    def variance(self) -> Tensor:
+        """The variance of what was seen so far (C,), if anything was."""
 
     @abstractmethod
     def add(self, batch: Batch) -> None:

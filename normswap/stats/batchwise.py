@@ -11,12 +11,12 @@ from torch import nn
 
 from normswap.errors import StatisticsError
 from normswap.graph.site import NormSite
+from normswap.stats.abreast import kinds_abreast
 from normswap.stats.accumulate import Accumulator, Average, Batch, Ema, Pooled, precise
 from normswap.stats.bookmark import Bookmark
 from normswap.stats.distributed import all_well, merge_ranks
 from normswap.stats.feed import Feed, batch_size
 from normswap.stats.gathered import Gathered
-from normswap.stats.joint import joints_of
 from normswap.stats.measure import Meter
 from normswap.stats.probe import probing
 from normswap.stats.writing import statistics_of
@@ -54,7 +54,7 @@ def batchwise(
         StatisticsError: values are not finite, or the bookmark is of another pass.
     """
     accumulators = {site.path: accumulator_for(site, method) for site in sites}
-    gathered = Gathered(accumulators.__getitem__, accumulators, joints_of(accumulators))
+    gathered = Gathered(accumulators.__getitem__, accumulators, kinds_abreast(accumulators))
     bookmark.load(gathered)
     # Where the graph shows each norm called exactly once, nothing comes after the last of them.
     # Where it does not, batches may take different ways, and forwards run to the end.
@@ -134,7 +134,7 @@ class _Collector:
         for meter in self.meters:
             meter.ready()
         if self._gathered.batches:
-            far = set[str]().union(*(joint.far() for joint in self._gathered.joints))
+            far = set[str]().union(*(row.far() for row in self._gathered.rows))
             for meter in self.meters:
                 meter.watchful = meter.site.path in far
 
@@ -145,8 +145,8 @@ class _Collector:
         if not self._saw_whole_forward:
             self._saw_whole_forward = True
             self._most = self._most if len(pending) == self._most else None
-        joints = self._gathered.joints
-        rounds = [joint.rounds((s.path, batch) for s, batch in pending) for joint in joints]
+        rows = self._gathered.rows
+        rounds = [row.rounds((s.path, batch) for s, batch in pending) for row in rows]
         if not all(map(_is_finite, chain.from_iterable(rounds))):
             if skip_nonfinite:
                 return False
@@ -155,8 +155,8 @@ class _Collector:
                 f"{site.label}: values that are not finite in batch {index} (counted from 0); "
                 'mend the data or the model, or leave such batches out by on_nonfinite="skip"'
             )
-        for joint, each in zip(joints, rounds, strict=True):
-            joint.add(each)
+        for row, each in zip(rows, rounds, strict=True):
+            row.add(each)
         return True
 
 

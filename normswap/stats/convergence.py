@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from normswap.stats.joint import Joint
+from normswap.stats.abreast import Abreast
 from normswap.stats.scatter import Scatter
 
 __all__ = ["Convergence", "Point"]
@@ -43,15 +43,15 @@ class Convergence:
     """Follows the standard errors of every norm's mean and variance.
 
     Args:
-        joints: the norms, none for a method that reads everything before it knows anything.
+        rows: the norms, none for a method that reads everything before it knows anything.
 
     Attributes:
         points: one entry a look.
     """
 
-    def __init__(self, joints: Sequence[Joint] = ()) -> None:
+    def __init__(self, rows: Sequence[Abreast] = ()) -> None:
         self.points: list[Point] = []
-        self._joints = joints
+        self._rows = rows
 
     def within(self, tol: float) -> bool:
         """Whether all norms were known to a tolerance at the last look."""
@@ -61,7 +61,7 @@ class Convergence:
         """Judge how well all norms are known after so many samples, unless it is too early."""
         if self.points and self.points[-1].samples == samples:
             return
-        errors = {path: error for joint in self._joints for path, error in joint.errors().items()}
+        errors = {path: error for row in self._rows for path, error in row.errors().items()}
         if not errors or not all(map(math.isfinite, chain.from_iterable(errors.values()))):
             return
         worst = max(errors, key=lambda path: max(errors[path]))
@@ -72,13 +72,13 @@ class Convergence:
         """All there is to remember: tensors by name, and what JSON can hold."""
         tensors = {
             f"{index}.{name}": tensor
-            for index, joint in enumerate(self._joints)
-            for name, tensor in joint.scatter.state().items()
+            for index, row in enumerate(self._rows)
+            for name, tensor in row.scatter.state().items()
         }
         return tensors, [asdict(point) for point in self.points]
 
     def restore(self, tensors: Mapping[str, Tensor], points: list[dict[str, Any]]) -> None:
         """Be as `state` was."""
         self.points = [Point(**point) for point in points]
-        for index, joint in enumerate(self._joints):
-            joint.scatter.restore({name: tensors[f"{index}.{name}"] for name in Scatter.NAMES})
+        for index, row in enumerate(self._rows):
+            row.scatter.restore({name: tensors[f"{index}.{name}"] for name in Scatter.NAMES})

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from normswap.stats.abreast import Abreast
 from normswap.stats.accumulate import Accumulator
 from normswap.stats.convergence import Convergence
-from normswap.stats.joint import Joint
 
 __all__ = ["Gathered"]
 
@@ -22,7 +22,7 @@ class Gathered:
     Args:
         make: makes the accumulator of a name.
         accumulators: by name, mostly a norm's path.
-        joints: what adds to several accumulators at once, and brings them up to date when asked.
+        rows: what adds to several accumulators at once, and brings them up to date when asked.
         batches: batches that counted.
         samples: samples that counted.
         skipped: batches left out because of values that are not finite.
@@ -33,14 +33,14 @@ class Gathered:
 
     make: Callable[[str], Accumulator]
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
-    joints: Sequence[Joint] = ()
+    rows: Sequence[Abreast] = ()
     batches: int = 0
     samples: int = 0
     skipped: int = 0
     convergence: Convergence = field(init=False)
 
     def __post_init__(self) -> None:
-        self.convergence = Convergence(self.joints)
+        self.convergence = Convergence(self.rows)
 
     def of(self, name: str) -> Accumulator:
         """The accumulator of a name."""
@@ -56,8 +56,8 @@ class Gathered:
 
     def settle(self) -> None:
         """Bring the accumulators up to date."""
-        for joint in self.joints:
-            joint.settle()
+        for row in self.rows:
+            row.settle()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All there is to remember: tensors by name, and what JSON can hold."""
@@ -86,8 +86,8 @@ class Gathered:
             each.spread = tensors[f"seen.{name}.spread"].to(each.spread.device)
         self.batches, self.samples = notes["batches"], notes["samples"]
         self.skipped = notes["skipped"]
-        for joint in self.joints:
-            joint.take()
+        for row in self.rows:
+            row.take()
         self.convergence.restore(
             {
                 name.removeprefix("convergence."): tensor

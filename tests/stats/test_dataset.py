@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from fractions import Fraction
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -152,18 +153,18 @@ def test_a_budget_ends_the_reading(budget: dict[str, int], batches: int) -> None
     assert loader.asked == batches
 
 
-def test_the_bar_knows_how_many_batches_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    totals = []
+def test_the_bar_knows_how_much_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
 
-    def track(loader: Any, title: str, *, total: int | None, **options: Any) -> Any:
-        totals.append(total)
-        return loader
+    @contextmanager
+    def bar(title: str, **options: Any) -> Any:
+        yield lambda done, total: told.append((done, total))
 
-    monkeypatch.setattr("rich.progress.track", track)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("normswap.stats.feed.bar", bar)
     dataset_stats(Loader())
     dataset_stats(iter(Loader()))
-    assert totals == [3, None]
+    assert [done for done, _ in told] == [1, 3, 6] * 2
+    assert [total for _, total in told] == [3, 4.5, 6, None, None, None]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -13,13 +13,13 @@ from normswap.stats.measure import UNTOUCHED
 from normswap.stats.moments import FAR
 from normswap.stats.scatter import Scatter
 
-__all__ = ["Joint", "joints_of"]
+__all__ = ["Abreast", "kinds_abreast"]
 
 #: What comes as near as this to being far is watched.
 MARGIN = 8
 
 
-class Joint:
+class Abreast:
     """The accumulators of some norms as one vector of all their channels.
 
     Args:
@@ -81,7 +81,7 @@ class Joint:
                     rounds.append({})
                 rounds[count[path]][path] = batch
                 count[path] += 1
-        return [self._abreast(each) for each in rounds]
+        return [self._side_by_side(each) for each in rounds]
 
     def add(self, rounds: Sequence[Batch]) -> None:
         """Take in one batch, as `rounds` returns it."""
@@ -118,7 +118,7 @@ class Joint:
         each = zip(self._parts, reached, *errors.tolist(), strict=True)
         return {path: (mean, var) for path, known, mean, var in each if known}
 
-    def _abreast(self, batches: Mapping[str, Batch]) -> Batch:
+    def _side_by_side(self, batches: Mapping[str, Batch]) -> Batch:
         each = [batches.get(path, nothing) for path, nothing in self._nothing.items()]
         mean = precise(torch.cat([batch.mean for batch in each]))
         var = precise(torch.cat([batch.var for batch in each]))
@@ -128,9 +128,9 @@ class Joint:
         return Batch(count.to(var), samples.to(var), mean, var * touched)
 
 
-def joints_of(accumulators: Mapping[str, Accumulator]) -> list[Joint]:
+def kinds_abreast(accumulators: Mapping[str, Accumulator]) -> list[Abreast]:
     """Put accumulators side by side, each kind for itself."""
     kinds: dict[Hashable, dict[str, Accumulator]] = defaultdict(dict)
     for path, accumulator in accumulators.items():
         kinds[accumulator.kind][path] = accumulator
-    return [Joint(parts) for parts in kinds.values()]
+    return [Abreast(parts) for parts in kinds.values()]
