@@ -48,8 +48,14 @@ def sharing_copy(model: M, own: Iterable[Tensor]) -> M:
         own: the parameters that the copy has of its own.
     """
     apart = {id(tensor) for tensor in own}
-    shared = (tensor for tensor in model.parameters() if id(tensor) not in apart)
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    memo: dict[int, Any] = {
+        id(tensor): tensor for tensor in model.parameters() if id(tensor) not in apart
+    }
+    for module in model.modules():
+        for tensor in _tensors(list(vars(module).values())):
+            if not tensor.is_leaf:  # such as what a hook has computed, which deepcopy refuses
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

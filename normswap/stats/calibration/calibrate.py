@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import OptionError, StatisticsError
-from normswap.norms.state import RUNNING_STATISTICS
 from normswap.randomness import kept_random_state
 from normswap.stats.calibration.candidates import Candidate, candidates
 from normswap.stats.calibration.differences import Differences, differences, output_error
@@ -20,7 +19,7 @@ from normswap.stats.calibration.pair import Example, Pair, copies
 from normswap.stats.calibration.refine import refine
 from normswap.stats.calibration.report import CalibrationReport, Kept, SiteFit
 from normswap.stats.distributed import failing_together, total_of
-from normswap.stats.feed import Feed, Forward, batch_size, device_of
+from normswap.stats.feed import Feed, Forward, batch_size, device_of, unwrapped
 from normswap.stats.free_memory import half_of_free
 from normswap.stats.shelf import Shelf
 from normswap.swap.changes import Changes
@@ -54,16 +53,18 @@ def calibrate(
     The loader is read once. All batches go through the converted model norm by norm, each beside
     the original model, and each norm's gain and offset are fitted per channel to what the
     original computes there, fed by the norms that are fitted already. Then all affines are
-    refined together by what the model returns. Every fifth batch is held out, and what is kept in
-    the end is what proved best on those: the affines there were, the fitted or the refined ones.
-    Running statistics that a new norm needs and its original had not are estimated on the way.
+    refined together by what the model returns, with every fifth batch held out (of fewer the
+    last). What is kept in the end is what proved best on those: the affines there were, the
+    fitted or the refined ones. Running statistics that a new norm needs and its original had not
+    are estimated on the way.
 
     Nothing but affines (and such statistics) changes, all or none; `normswap.revert` brings the
     originals back as before. With a process group every rank reads its own loader and all end
     with the same affines.
 
     Args:
-        model: a model that `normswap.convert` converted. It is run in eval mode.
+        model: a model that `normswap.convert` converted. It is copied but for the parameters
+            that stay, and the copy is run in eval mode.
         loader: any iterable of batches, as for `normswap.warmup`.
         method: ``"least_squares"``: the least mean square difference. ``"moments"``: equal mean
             and variance per channel.
@@ -74,7 +75,7 @@ def calibrate(
         batches: read at most as many batches.
         samples: stop after the batch that reaches as many samples.
         forward: ``forward(model, batch)`` for models that are called otherwise; what it returns
-            is what the two models are compared by.
+            is what the two models are compared by. The model that it is given is a copy.
         device: where batches are moved. Default: where the model's first parameter is.
         amp: run under autocast: a dtype, or true for the device's default.
         group: the process group. Default: the default one, if there is one.
@@ -87,8 +88,8 @@ def calibrate(
         held-out batches.
 
     Raises:
-        StatisticsError: nothing was converted or can be fitted, no data, or data that is not
-            finite; nothing was written.
+        StatisticsError: nothing was converted or can be fitted, no data, data that is not
+            finite, or models that return nothing comparable; nothing was written.
         OptionError: an argument has a value that it cannot take.
 
     Source: the least-squares fit is that of layer-wise reconstruction, as in Nagel et al., "Up or
@@ -100,28 +101,30 @@ def calibrate(
     if refine_passes < 0:
         raise OptionError(f"refine_passes={refine_passes}; give 0 or more")
     started = time.perf_counter()
-    chosen, left = candidates(model, where)
+    inner = unwrapped(model)
+    chosen, left = candidates(inner, where)
     if not chosen:
         raise StatisticsError(
             "no converted normalization can be fitted: "
             + "; ".join(f"{path}: {reason}" for path, reason in list(left.items())[:4])
         )
-    place = device_of(model, device)
+    place = device_of(inner, device)
     feed = Feed(loader, batches, samples, forward, place, amp, progress, "Calibration")
     shelf = Shelf(half_of_free(place) if memory is None else memory)
     with failing_together(group):
-        converted, original, pairs = copies(model, chosen)
+        converted, original, pairs = copies(inner, chosen)
         with torch.no_grad(), kept_random_state(), shelf:
             try:
                 run = _Calibration(converted, original, pairs, feed, shelf, group)
                 run.fit(method, refine_passes)
             finally:
                 shelf.clear()
-        _write(chosen, pairs, run)
+        _write(chosen, run)
     rows = [
         SiteFit(pair.path, "calibrated", run.before.sites[pair.path], run.after.sites[pair.path])
-        for pair in pairs
+        for pair in run.reached
     ]
+    left |= {pair.path: "no batch reached it" for pair in pairs if pair not in run.reached}
     return CalibrationReport(
         [*rows, *(SiteFit(path, reason) for path, reason in left.items())],
         method=method,
@@ -130,7 +133,7 @@ def calibrate(
         output_fitted=run.fitted,
         output_after=run.after.output,
         batches=len(run.examples),
-        held_out=len(run.held_out) if run.held_out is not run.examples else 0,
+        held_out=len(run.held_out) if len(run.held_out) < len(run.examples) else 0,
         samples=sum(run.sizes),
         note=run.note,
         seconds=time.perf_counter() - started,
@@ -154,6 +157,7 @@ class _Calibration:
     ) -> None:
         self._converted, self._original, self._pairs = converted, original, pairs
         self._feed, self._shelf, self._group = feed, shelf, group
+        self.reached: list[Pair] = []
         self.examples: dict[int, Example] = {}
         self.held_out: dict[int, Example] = {}
         self.sizes: list[int] = []
@@ -164,7 +168,7 @@ class _Calibration:
     def fit(self, method: Fit, passes: int) -> None:
         """Fit norm by norm, refine, and keep what is best on held-out batches."""
         start = self._values()
-        self.examples = fit_layerwise(
+        self.examples, self.reached = fit_layerwise(
             self._converted,
             self._original,
             self._pairs,
@@ -175,7 +179,12 @@ class _Calibration:
         )
         self.sizes = [batch_size(example.batch) for example in self.examples.values()]
         if not total_of(torch.tensor([sum(self.sizes)]), self._group).item():
-            raise StatisticsError("the loader yielded no batch, so nothing was fitted")
+            raise StatisticsError("the loader yielded no sample, so nothing was fitted")
+        if not self.reached:
+            raise StatisticsError(
+                "no batch reached a norm that was to be fitted; does forward= run the model that "
+                "it is given?"
+            )
         self.held_out = self._apart()
         fitted = self._values()
         self._put(start)
@@ -197,7 +206,7 @@ class _Calibration:
             return
         refined = refine(
             self._converted,
-            self._pairs,
+            self.reached,
             rest,
             self.held_out,
             self._feed,
@@ -206,7 +215,9 @@ class _Calibration:
             shelf=self._shelf,
             group=self._group,
         )
-        if refined < error:
+        if refined is None:
+            self.note = "not refined: what the model returns has no gradient"
+        elif refined < error:
             self.kept = "refined"
 
     def _apart(self) -> dict[int, Example]:
@@ -230,24 +241,20 @@ class _Calibration:
         return output_error(self._converted, self.held_out, self._feed, self._shelf, self._group)
 
     def _values(self) -> list[list[Tensor]]:
-        return [[t.detach().clone() for t in pair.affine.values()] for pair in self._pairs]
+        return [[t.detach().clone() for t in pair.fitted.values()] for pair in self._pairs]
 
     def _put(self, values: list[list[Tensor]]) -> None:
         for pair, tensors in zip(self._pairs, values, strict=True):
-            for tensor, value in zip(pair.affine.values(), tensors, strict=True):
+            for tensor, value in zip(pair.fitted.values(), tensors, strict=True):
                 tensor.copy_(value)
 
 
-def _write(chosen: list[Candidate], pairs: list[Pair], run: _Calibration) -> None:
+def _write(chosen: list[Candidate], run: _Calibration) -> None:
     """Write what was found into the model, all or none."""
     changes = Changes()
-    for each, pair in zip(chosen, pairs, strict=True):
-        values = dict(pair.affine)
-        if pair.needs_statistics:
-            values |= {
-                n: getattr(pair.norm, n) for n in RUNNING_STATISTICS if hasattr(pair.norm, n)
-            }
+    norms = {each.path: each.site.module for each in chosen}
+    for pair in run.reached:
         before, after = run.before.sites[pair.path], run.after.sites[pair.path]
         note = f"relative error {before:.3f} before calibration, {after:.3f} after"
-        remember_fit(each.site.module, values, note, changes)
+        remember_fit(norms[pair.path], pair.fitted, note, changes)
     changes.make(nn.Module())

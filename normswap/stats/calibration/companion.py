@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from normswap.errors import StatisticsError
 from normswap.norms.registry import reader
+from normswap.stats.calibration.ambient import kept_ambient
 from normswap.stats.strand import Strand, stop
 
 __all__ = ["Companion", "Tell", "telling"]
@@ -52,18 +52,17 @@ class Companion:
     """One forward of the original model, run as far as the converted model has got.
 
     Args:
-        norms: the original norms by path, which must be told of by `arrive`.
-        run: runs the forward.
+        run: runs the forward, whose norms must tell `arrive`.
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
         self._strand = Strand(run)
-        self._calls: Counter[str] = Counter()
 
     @staticmethod
     def arrive(path: str, output: Tensor) -> None:
         """Stop the companion at a norm: what its norms are to tell."""
-        stop((path, output))
+        with kept_ambient():
+            stop((path, output))
 
     def output_at(self, path: str) -> Tensor:
         """What the original norm computes at the next call, which is to be this norm's.
@@ -71,7 +70,7 @@ class Companion:
         Raises:
             StatisticsError: the original model calls another one first.
         """
-        told = None if self._strand.ended else self._strand.advance()
+        told = None if self._strand.ended else self._advance()
         if self._strand.ended or told is None or told[0] != path:
             there = "ends" if self._strand.ended or told is None else f"calls {told[0]}"
             raise StatisticsError(
@@ -85,9 +84,14 @@ class Companion:
         """Run to the end; return what the original model returns."""
         result = None
         while not self._strand.ended:
-            result = self._strand.advance()
+            result = self._advance()
         return result
 
     def give_up(self) -> None:
         """End it where it is."""
-        self._strand.give_up()
+        with kept_ambient():
+            self._strand.give_up()
+
+    def _advance(self) -> Any:
+        with kept_ambient():
+            return self._strand.advance()

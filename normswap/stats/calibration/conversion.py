@@ -10,6 +10,7 @@ from torch import nn
 
 from normswap.errors import StatisticsError, TooUnfaithful
 from normswap.norms.fidelity import Fidelity
+from normswap.randomness import kept_random_state
 from normswap.stats.calibration.calibrate import calibrate
 from normswap.stats.feed import device_of, forward_arguments, moved
 from normswap.swap.journal import records
@@ -44,9 +45,10 @@ class Fitting:
         Raises:
             StatisticsError: there is no batch.
         """
-        batches = iter(self._loader)
         try:
-            first = next(batches)
+            with kept_random_state():
+                batches = iter(self._loader)
+                first = next(batches)
         except StopIteration:
             raise StatisticsError(
                 "calibrate= yields no batch, so there is nothing to fit on; is the loader used up?"
@@ -68,9 +70,9 @@ class Fitting:
             for step in plan.of("convert")
             if step.fidelity is not None and step.fidelity.rank > Fidelity.NEAR.rank
         }
-        found = {path for path in records(model) if path in paths}
+        found = {norm for path, (norm, _) in records(model).items() if path in paths}
         if found:
-            calibrate(model, self._loader, where=lambda site: site.path in found)
+            calibrate(model, self._loader, where=lambda site: site.module in found)
         if self._wanted != Fidelity.CALIBRATED:
             return
         worse = [

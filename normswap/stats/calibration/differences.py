@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from normswap.stats.distributed import total_of
 from normswap.stats.feed import Feed, mapped
 from normswap.stats.shelf import Shelf
 
-__all__ = ["Differences", "differences", "output_error", "outputs_of"]
+__all__ = ["Differences", "differences", "error_and_size", "output_error", "outputs_of"]
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,14 @@ def outputs_of(result: Any, wanted: Any) -> list[tuple[Tensor, Tensor]]:
     """What both models return, tensor beside tensor, floating-point ones only.
 
     Raises:
-        StatisticsError: they do not return the same kind of thing.
+        StatisticsError: they do not return the same kind of thing, or nothing to compare.
     """
     ours, theirs = list(_floats(result)), list(_floats(wanted))
+    if not theirs:
+        raise StatisticsError(
+            f"the model returns no floating-point tensor ({type(wanted).__name__}), so there is "
+            "nothing to compare; give a forward= that returns tensors, in tuples, lists or dicts"
+        )
     if [y.shape for y in ours] != [y.shape for y in theirs]:
         raise StatisticsError(
             "the converted model does not return what the original returns: "
@@ -107,13 +113,25 @@ def _floats(value: Any) -> Iterator[Tensor]:
             yield from _floats(part)
 
 
+def error_and_size(y: Tensor, wanted: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Squared norms of the difference and of what is wanted, where that is finite.
+
+    Args:
+        y: what the converted model computes.
+        wanted: what the original computes; a mask of minus infinity, say, is nothing to fit.
+        dtype: what to compute in.
+    """
+    finite = wanted.isfinite()
+    wanted = wanted.to(dtype).where(finite, 0)
+    return (y.to(dtype).where(finite, 0) - wanted).square().sum(), wanted.square().sum()
+
+
 def _sums(y: Tensor, wanted: Tensor) -> Tensor:
-    """Squared norms of the difference and of what is wanted."""
-    wanted = wanted.double()
-    pair = (y.detach().double() - wanted).square().sum(), wanted.square().sum()
-    return torch.stack(pair).cpu()
+    return torch.stack(error_and_size(y.detach(), wanted, torch.float64)).cpu()
 
 
 def _relative(sums: Tensor) -> float:
     difference, wanted = sums.tolist()
+    if math.isnan(difference):  # what is not finite is as far off as can be
+        return math.inf
     return float((difference / wanted) ** 0.5) if wanted else float(difference > 0)

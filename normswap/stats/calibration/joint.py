@@ -15,6 +15,8 @@ Fit = Literal["least_squares", "moments"]
 
 #: As many values are held in double precision at a time.
 VALUES = 1 << 20
+#: A variance below this part of the mean square is what rounding leaves of a constant.
+NOISE = 1e-12
 
 
 class Joint(Mergeable):
@@ -34,8 +36,10 @@ class Joint(Mergeable):
     def see(self, z: Tensor, y: Tensor, channel_dim: int) -> None:
         """Take in both signals, of the same shape."""
         self.calls += 1
+        if not z.numel():
+            return
         both = [signal.movedim(channel_dim, 1).flatten(2 if z.ndim > 2 else 1) for signal in (z, y)]
-        samples = max(1, VALUES * len(z) // max(z.numel(), 1))
+        samples = max(1, VALUES * len(z) // z.numel())
         for parts in zip(*(torch.split(signal, samples) for signal in both), strict=True):
             z_part, y_part = (p.transpose(0, 1).flatten(1).to(self.mean) for p in parts)
             means = [z_part.mean(1), y_part.mean(1)]
@@ -68,14 +72,16 @@ class Joint(Mergeable):
         """
         z_mean, y_mean = self.mean.chunk(2)
         zz, yy, zy = self.spread.chunk(3)
+        varies = zz > NOISE * (zz + self.weight * z_mean.square())
         if not offset:  # about zero, not about the mean
             zz = zz + self.weight * z_mean.square()
             yy = yy + self.weight * y_mean.square()
             zy = zy + self.weight * z_mean * y_mean
+            varies = zz > 0
         if method == "least_squares":
             fitted = zy / zz
         else:
             fitted = (yy / zz).sqrt() * torch.where(gain < 0, -1.0, 1.0)
-        fitted = torch.where(zz > 0, fitted, gain.to(fitted))
+        fitted = torch.where(varies, fitted, gain.to(fitted))
         shift = y_mean - fitted * z_mean
         return fitted, shift if offset else torch.zeros_like(shift)

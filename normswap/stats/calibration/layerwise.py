@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normswap.errors import StatisticsError
@@ -37,7 +38,7 @@ def fit_layerwise(
     method: Fit,
     shelf: Shelf,
     group: Any,
-) -> dict[int, Example]:
+) -> tuple[dict[int, Example], list[Pair]]:
     """Fit the affines of all pairs, in the order in which the converted model calls them.
 
     Args:
@@ -50,7 +51,8 @@ def fit_layerwise(
         group: the process group, whose ranks fit together.
 
     Returns:
-        By number the batches, with what the original model returns for them.
+        By number the batches, with what the original model returns for them; and the pairs that
+        were reached.
     """
     fits = _Layerwise(pairs, feed, method, group, Lockstep(shelf, group, {}))
     originals = {pair.path: pair.original for pair in pairs}
@@ -63,7 +65,7 @@ def fit_layerwise(
             fits.lockstep.run(fits.settle, enough=lambda: False)
         finally:
             fits.lockstep.give_up()
-    return {index: fits.examples[index] for index in sorted(fits.examples)}
+    return {index: fits.examples[index] for index in sorted(fits.examples)}, fits.reached
 
 
 class _Layerwise:
@@ -79,6 +81,11 @@ class _Layerwise:
         self._fits = [Joint(pair.num_features, pair.affine["weight"].device) for pair in pairs]
         self._seen = [Pooled(pair.num_features, pair.affine["weight"].device) for pair in pairs]
         self._companions: dict[int, Companion] = {}
+
+    @property
+    def reached(self) -> list[Pair]:
+        """The pairs that some batch of some rank has reached."""
+        return [pair for pair, fit in zip(self._pairs, self._fits, strict=True) if fit.weight > 0]
 
     @contextmanager
     def standing(self) -> Iterator[None]:
@@ -145,8 +152,11 @@ class _Layerwise:
         self._apply(place)  # others have tried the bare norm since
 
     def _measure(self, pair: Pair, x: Tensor) -> Batch:
-        moments = channel_moments(x, pair.channel_dim)
-        return Batch(x.numel() // pair.num_features, x.shape[0], *moments)
+        values = x.numel() // pair.num_features
+        if not values:
+            nothing = torch.zeros(pair.num_features, dtype=torch.float64, device=x.device)
+            return Batch(0, 0, nothing, nothing)
+        return Batch(values, x.shape[0], *channel_moments(x, pair.channel_dim))
 
     def _compare(self, pair: Pair, x: Tensor) -> Joint:
         """What the original computes here, beside what the bare converted norm computes."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.copying import sharing_copy
+from normswap.norms.state import RUNNING_STATISTICS
 from normswap.stats.calibration.candidates import Candidate, affine_of
 from normswap.swap.apply import revert
 from normswap.swap.journal import records
@@ -49,6 +50,13 @@ class Pair:
     def affine(self) -> dict[str, Tensor]:
         """The converted norm's gain and, if it has one, its offset."""
         return affine_of(self.norm)
+
+    @cached_property
+    def fitted(self) -> dict[str, Tensor]:
+        """All that data decides: the affine, and running statistics if they are needed."""
+        names = RUNNING_STATISTICS if self.needs_statistics else ()
+        kept = {name: getattr(self.norm, name, None) for name in names}
+        return self.affine | {name: t for name, t in kept.items() if isinstance(t, Tensor)}
 
     def write(self, gain: Tensor, offset: Tensor) -> None:
         """Give the converted norm an affine."""
