@@ -25,6 +25,7 @@ class Gathered:
         batches: batches that counted.
         samples: samples that counted.
         skipped: batches left out because of values that are not finite.
+        passes: how often the loader was read.
     """
 
     make: Callable[[str], Accumulator]
@@ -33,6 +34,7 @@ class Gathered:
     batches: int = 0
     samples: int = 0
     skipped: int = 0
+    passes: int = 0
 
     def of(self, name: str) -> Accumulator:
         """The accumulator of a name."""

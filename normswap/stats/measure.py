@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normswap.graph.site import NormSite
 from normswap.norms.batch import SynchronizedBatchNorm
 from normswap.stats.accumulate import Batch, precise
-from normswap.stats.moments import refined
+from normswap.stats.moments import FAR, FAR_IN_DOUBLE, refined
 from normswap.stats.probe import Probe
 
 __all__ = ["UNTOUCHED", "Meter", "Receive"]
@@ -59,15 +59,14 @@ class Meter(Probe):
         mean, var = self.scratch
         self._count = x.numel() // self.site.num_features
         self._samples = x.shape[0]
-        mean.zero_()
-        var.fill_(UNTOUCHED)
         self.module.training = self._count > 1
-        if self._count == 1:
-            # torch refuses to train on a single value; its output would be the bias, which is
-            # what evaluation gives when the mean is that value.
-            var.fill_(1.0)
-            mean.copy_(x.detach().movedim(self.site.channel_dim, 1).reshape(-1))
-            self._alone = precise(mean)
+        if self._count != 1:
+            return self.lend(torch.zeros_like(mean), torch.full_like(var, UNTOUCHED))
+        # torch refuses to train on a single value; its output would be the bias, which is what
+        # evaluation gives when the mean is that value.
+        alone = x.detach().movedim(self.site.channel_dim, 1).reshape(-1)
+        self._alone = precise(alone)
+        self.lend(alone, torch.ones_like(var))
 
     def after(self, x: Tensor) -> None:
         """Tell what was measured."""
@@ -78,7 +77,8 @@ class Meter(Probe):
             return self._receive(self.site, batch)
         mean, var = (precise(buffer) for buffer in self.scratch)
         if self._count > 1 and self.site.state.rule.train.over == "batch":
-            mean, var = refined(x, self.site.channel_dim, mean, var)
+            far = FAR_IN_DOUBLE if x.is_contiguous() else FAR
+            mean, var = refined(x, self.site.channel_dim, mean, var, far=far)
         self._receive(self.site, Batch(self._count, self._samples, mean, var))
 
 
