@@ -9,14 +9,17 @@ second bare loop is the control. Then: time against the size of the data, and me
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import resource
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
 
 import timm
 import torch
@@ -165,5 +168,4 @@ def peak(run: Run, name: str) -> float:
     return float(mine.recv())
 
 
-def memory(name: str) -> str:
-    ...
+def memory(name: str) -> str: ...

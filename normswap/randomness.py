@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-__all__ = ["kept_random_state"]
+__all__ = ["kept_random_state", "torch_states"]
 
 
 @contextmanager
@@ -18,11 +19,20 @@ def kept_random_state() -> Iterator[None]:
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else ()):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if _on_cuda() else ()):
         try:
             yield
         finally:
             random.setstate(python_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
+
+
+def torch_states() -> list[Tensor]:
+    """The states of torch's generators that are in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _on_cuda() else ())]
+
+
+def _on_cuda() -> bool:
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import itertools
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -93,7 +95,7 @@ def test_names_on_a_wide_sheet_do_not_touch(tmp_path: Path, monkeypatch: Any) ->
     (axes,) = figures[0].axes
     extents = [label.get_window_extent() for label in axes.get_xticklabels()]
     assert len(extents) == 53
-    for left, right in zip(extents, extents[1:], strict=False):
+    for left, right in itertools.pairwise(extents):
         assert left.x1 <= right.x0
 
 
@@ -132,5 +134,8 @@ def test_without_matplotlib_the_way_to_get_it_is_told(
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn() -> None:
-    code = "import sys, normswap, normswap.picture; normswap.warmup; sys.exit('matplotlib' in sys.modules)"
+    code = (
+        "import sys, normswap, normswap.picture; normswap.warmup; "
+        "sys.exit('matplotlib' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

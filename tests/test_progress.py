@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -23,7 +24,7 @@ TITLE = "Warm-up"
 
 
 class Slow:
-    """Ten batches of eight samples, slow enough for a rate; then an error, if there is to be one."""
+    """Ten batches of eight samples, slow enough for a rate; then an error, if there is one."""
 
     def __init__(self, error: type[BaseException] | None = None) -> None:
         self.error = error
@@ -46,10 +47,8 @@ def shown(monkeypatch: pytest.MonkeyPatch, loader: Any, **arguments: Any) -> str
     monkeypatch.setenv("COLUMNS", "120")
     with open(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        try:
+        with contextlib.suppress(LookupError, KeyboardInterrupt):
             normswap.warmup(nn.BatchNorm1d(2), loader, **arguments)
-        except (LookupError, KeyboardInterrupt):
-            pass
         terminal.flush()
         os.set_blocking(master, False)
         sent = b""

@@ -84,6 +84,10 @@ class Bookmark:
             raise self._other_data()
         return self._pages <= self._last[0]
 
+    def rewind(self) -> None:
+        """Say that the loader is read from its start."""
+        self._pages, self._trail = 0, ""
+
     def close(self) -> None:
         """Say that the loader has ended.
 

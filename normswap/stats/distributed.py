@@ -14,7 +14,15 @@ from normswap.errors import StatisticsError
 from normswap.norms.sync import ranks
 from normswap.stats.accumulate import Mergeable
 
-__all__ = ["all_well", "failing_together", "first_of_all", "merge_ranks", "rank_of", "total_of"]
+__all__ = [
+    "all_well",
+    "anywhere",
+    "failing_together",
+    "first_of_all",
+    "merge_ranks",
+    "rank_of",
+    "total_of",
+]
 
 _WELL, _FAILED = 0, 1
 _NOTHING = (torch.iinfo(torch.int64).max,) * 2
@@ -65,6 +73,15 @@ def all_well(group: Any) -> None:
         StatisticsError: a rank has failed.
     """
     first_of_all(None, group)
+
+
+def anywhere(something: bool, group: Any) -> bool:
+    """Whether something is so on any rank.
+
+    Raises:
+        StatisticsError: a rank has failed.
+    """
+    return first_of_all((0, 0) if something else None, group) is not None
 
 
 def total_of(tensor: Tensor, group: Any) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "device_of",
     "mapped",
     "moved",
+    "uncompiled",
     "unwrapped",
 ]
 
@@ -93,6 +95,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context within which the compiled parts of models run as they were written."""
+    # Only what torch has loaded can have compiled something; stances came with torch 2.6.
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
 
 
 def call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:

@@ -26,6 +26,7 @@ class Gathered:
         batches: batches that counted.
         samples: samples that counted.
         skipped: batches left out because of values that are not finite.
+        passes: how often the loader was read.
 
     Attributes:
         convergence: how well the statistics are known.
@@ -37,6 +38,7 @@ class Gathered:
     batches: int = 0
     samples: int = 0
     skipped: int = 0
+    passes: int = 0
     convergence: Convergence = field(init=False)
 
     def __post_init__(self) -> None:

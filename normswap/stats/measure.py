@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normswap.graph.site import NormSite
 from normswap.norms.batch import SynchronizedBatchNorm
 from normswap.stats.accumulate import Batch, precise
-from normswap.stats.moments import refined
+from normswap.stats.moments import FAR, FAR_IN_DOUBLE, refined
 from normswap.stats.probe import Probe
 
 __all__ = ["UNTOUCHED", "Meter", "Receive"]
@@ -77,7 +77,7 @@ class Meter(Probe):
         """Make room for what will be measured."""
         if self._told:
             mean, var = self.scratch
-            self.scratch = torch.empty_like(mean), torch.empty_like(var)
+            self.lend(torch.empty_like(mean), torch.empty_like(var))
             self.ready()
         self._count = x.numel() // self.site.num_features
         self._samples = x.shape[0]
@@ -102,7 +102,8 @@ class Meter(Probe):
             return self._receive(self.site, batch)
         mean, var = self.scratch
         if self.watchful and self._count > 1 and self.site.state.rule.train.over == "batch":
-            mean, var = refined(x, self.site.channel_dim, precise(mean), precise(var))
+            far = FAR_IN_DOUBLE if x.is_contiguous() else FAR
+            mean, var = refined(x, self.site.channel_dim, precise(mean), precise(var), far=far)
         self._receive(self.site, Batch(self._count, self._samples, mean, var))
 
 

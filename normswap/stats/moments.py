@@ -9,11 +9,13 @@ from normswap.stats.accumulate import precise
 
 __all__ = ["FAR", "channel_moments", "refined"]
 
-#: Beyond this many standard deviations from zero, a mean rounded to single precision costs the
-#: variance more than rounding errors of its own: (1e3 · 1e-7)² = 1e-8 is still below them.
-FAR = 1e3
-#: As many are summed in the precision of the data, or single precision; the sums in double.
-VALUES = 512
+#: Beyond this many standard deviations from zero, sums in single precision and in double cost
+#: the variance more than the rounding of the data itself.
+FAR, FAR_IN_DOUBLE = 10.0, 1e3
+#: As many values of a channel are summed in single precision; the sums in double.
+VALUES = 4096
+#: As many values are measured at once: what is computed beside them fits in a cache.
+CHUNK = 2**19
 
 
 def channel_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
@@ -23,10 +25,12 @@ def channel_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         x: an input; of a single value per channel the variance is zero.
         channel_dim: where its channels are.
     """
-    return refined(x, channel_dim, *_one_pass(x, channel_dim))
+    return refined(x, channel_dim, *_one_pass(x, channel_dim), far=FAR)
 
 
-def refined(x: Tensor, channel_dim: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+def refined(
+    x: Tensor, channel_dim: int, mean: Tensor, var: Tensor, *, far: float
+) -> tuple[Tensor, Tensor]:
     """Mean and variance that were measured in one pass, measured again where that was too coarse.
 
     Args:
@@ -34,10 +38,11 @@ def refined(x: Tensor, channel_dim: int, mean: Tensor, var: Tensor) -> tuple[Ten
         channel_dim: where its channels are.
         mean: (C,), in double precision.
         var: unbiased, (C,), likewise.
+        far: how many standard deviations from zero the measurement held out.
     """
-    if x.dtype == torch.float64 or not bool((mean.square() > FAR**2 * var).any()):
+    if x.dtype == torch.float64 or not bool((mean.square() > far**2 * var).any()):
         return mean, var
-    offset = mean.to(torch.float32)
+    offset = mean.to(x.device, torch.float32)
     shape = [1] * x.ndim
     shape[channel_dim] = -1
     # What is near its mean differs from it by an exact amount, and those differences are small.
@@ -46,21 +51,39 @@ def refined(x: Tensor, channel_dim: int, mean: Tensor, var: Tensor) -> tuple[Ten
 
 
 def _one_pass(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    x = x.movedim(channel_dim, 1)
-    values = x.numel() // x.shape[1]
-    parts = torch.split(x, max(1, VALUES * x.shape[0] // values))
-    means, spreads = zip(*map(_mean_and_spread, parts), strict=True)
-    mean, spread = torch.stack(means), torch.stack(spreads)
-    weight = mean.new_tensor([[part.shape[0]] for part in parts]) * (values / x.shape[0])
-    whole = (weight * mean).sum(0) / values
-    return whole, (spread + weight * (mean - whole).square()).sum(0) / max(values - 1, 1)
+    rows = x.movedim(channel_dim, -1)
+    values = x.numel() // rows.shape[-1]
+    if rows.is_contiguous():
+        parts = torch.split(rows.reshape(values, -1), VALUES)
+        measured = [_of_rows(part) for part in parts]
+        counts = [len(part) for part in parts]
+    else:
+        maps = x.movedim(channel_dim, 1)
+        parts = torch.split(maps, max(1, CHUNK * len(maps) // maps.numel()))
+        measured = [_of_maps(part) for part in parts]
+        counts = [maps[0, 0].numel()] * len(maps)
+    means, variances = (precise(torch.cat(each)) for each in zip(*measured, strict=True))
+    weight = means.new_tensor(counts)[:, None]
+    mean = (weight * means).sum(0) / values
+    spread = (weight * (variances + (means - mean).square())).sum(0)
+    return mean, spread / max(values - 1, 1)
 
 
-def _mean_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and sum of squared deviations from it, of a part that is short enough to be summed."""
+def _of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (1, C) of (R, C), as tokens and channels-last maps are."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
-    if x.numel() == x.shape[1]:
-        return precise(x.reshape(-1)), precise(var)
-    torch.batch_norm_update_stats(x, mean, var, 1.0)
-    return precise(mean), precise(var) * (x.numel() // x.shape[1] - 1)
+    mean, var = torch.zeros(2, 1, x.shape[1], dtype=dtype, device=x.device)
+    if len(x) == 1:
+        return x.to(dtype), var
+    torch.batch_norm_update_stats(x, mean[0], var[0], 1.0)
+    return mean, var * (1 - 1 / len(x))
+
+
+def _of_maps(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (N, C) of each map of (N, C, ...)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    samples, channels = x.shape[:2]
+    values = x[0, 0].numel()
+    # The fastest that torch has for this: it writes a normalized output too, which is thrown away.
+    _, mean, rstd = torch.native_group_norm(x, None, None, samples, channels, values, channels, 0.0)
+    return mean, rstd.reciprocal().square()

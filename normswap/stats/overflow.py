@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from bisect import insort
+from bisect import bisect
+from functools import cached_property
+from typing import IO
 
 import torch
 from torch import UntypedStorage
@@ -19,9 +21,13 @@ class Overflow:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._end = 0
         self._free: list[tuple[int, int]] = []
+
+    @cached_property
+    def _file(self) -> IO[bytes]:
+        # Without a buffer: a write that the disk has no room for fails at once, not later.
+        return tempfile.TemporaryFile(buffering=0)
 
     def put(self, storage: UntypedStorage) -> int:
         """Write a storage's bytes and give its memory back.
@@ -35,38 +41,49 @@ class Overflow:
         size = storage.nbytes()
         offset = self._reserve(size)
         on_cpu = storage if _here(storage) else _room(size).copy_(storage)
+        rest = _bytes(on_cpu)
         self._file.seek(offset)
-        self._file.write(_bytes(on_cpu))
+        while rest:
+            rest = rest[self._file.write(rest) :]
         storage.resize_(0)
         return offset
 
     def take(self, storage: UntypedStorage, offset: int, size: int) -> None:
-        """Give a storage its memory and its bytes back, and its place in the file to others."""
+        """Give a storage its memory and its bytes back, and its place in the file to others.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
         storage.resize_(size)
         on_cpu = storage if _here(storage) else _room(size)
+        rest = _bytes(on_cpu)
         self._file.seek(offset)
-        self._file.readinto(_bytes(on_cpu))
+        while rest:
+            read = self._file.readinto(rest)  # type: ignore[attr-defined]
+            if not read:
+                raise OSError("the file of what had no room in memory has been cut off")
+            rest = rest[read:]
         if on_cpu is not storage:
             storage.copy_(on_cpu)
         self.drop(offset, size)
 
     def drop(self, offset: int, size: int) -> None:
         """Give a place in the file to others."""
-        insort(self._free, (offset, size))
-        merged: list[tuple[int, int]] = []
-        for start, length in self._free:
-            if merged and sum(merged[-1]) == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        if merged and sum(merged[-1]) == self._end:
-            self._end = merged.pop()[0]
-            self._file.truncate(self._end)
-        self._free = merged
+        place = bisect(self._free, (offset, size))
+        end = offset + size
+        if place < len(self._free) and self._free[place][0] == end:
+            end += self._free.pop(place)[1]
+        if place and sum(self._free[place - 1]) == offset:
+            place -= 1
+            offset = self._free.pop(place)[0]
+        self._free.insert(place, (offset, end - offset))
 
     def close(self) -> None:
         """Delete the file."""
-        self._file.close()
+        if "_file" in vars(self):
+            self._file.close()
+            del self._file
+        self._end, self._free = 0, []
 
     def _reserve(self, size: int) -> int:
         for index, (start, length) in enumerate(self._free):
@@ -87,6 +104,6 @@ def _room(size: int) -> UntypedStorage:
     return torch.empty(size, dtype=torch.uint8).untyped_storage()
 
 
-def _bytes(storage: UntypedStorage) -> ctypes.Array[ctypes.c_char]:
+def _bytes(storage: UntypedStorage) -> memoryview:
     """The very memory of a storage on the CPU."""
-    return (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")

@@ -57,9 +57,13 @@ class Probe(ABC):
         """The running mean and variance, (C,) each, that the norm has meanwhile."""
         return self.module._buffers["running_mean"], self.module._buffers["running_var"]
 
-    @scratch.setter
-    def scratch(self, buffers: tuple[Tensor, Tensor]) -> None:
-        self.module._buffers["running_mean"], self.module._buffers["running_var"] = buffers
+    def lend(self, mean: Tensor, var: Tensor) -> None:
+        """Let the norm have a running mean and variance, (C,) each, in scratch's precision.
+
+        They take the place of those before, which a gradient may still ask for.
+        """
+        for name, old, new in zip(_SCRATCH, self.scratch, (mean, var), strict=False):
+            self.module._buffers[name] = new.to(old)
 
     def attach(self) -> None:
         """Lend the norm its scratch buffers and hook into its calls."""

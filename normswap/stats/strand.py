@@ -9,11 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch.overrides import (  # type: ignore[attr-defined]
+    _len_torch_function_stack,
+    _pop_mode,
+    _push_mode,
+)
+
+from normswap.errors import StatisticsError
 
 __all__ = ["Strand", "stop"]
 
@@ -21,12 +29,15 @@ __all__ = ["Strand", "stop"]
 class Strand:
     """One run of a function, from stop to stop.
 
+    Context variables are as where the strand is made, and what the function sets is its own.
+
     Args:
         run: what runs; somewhere inside it calls `stop`.
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
         self._run = _Run(run)
+        self._run.gr_context = copy_context()
 
     @property
     def ended(self) -> bool:
@@ -50,9 +61,10 @@ class Strand:
         return self._run.switch(answer) if self._run else self._run.switch()
 
     def give_up(self) -> None:
-        """End the function where it stands; its ``finally`` blocks run."""
+        """End the function where it stands; its ``finally`` blocks run, and cannot stop again."""
         if self._run:
             self._run.parent = getcurrent()
+            self._run.given_up = True
             self._run.throw()
 
 
@@ -64,10 +76,28 @@ def stop(reason: object) -> Any:
 
     Returns:
         What `Strand.advance` is given next.
+
+    Raises:
+        StatisticsError: this is called in no strand, such as in another thread.
     """
-    run: Any = getcurrent()
+    run = getcurrent()
+    if not isinstance(run, _Run) or run.parent is None:
+        raise StatisticsError(
+            "a norm was called outside of the forward that was to be run, such as in a thread "
+            "that the forward has started, where it cannot wait for the other batches; "
+            'use method="pooled", which needs no waiting'
+        )
+    if run.given_up:
+        raise GreenletExit
     with run.outside.restored():
         return run.parent.switch(reason)
+
+
+class _Run(greenlet):
+    """A greenlet that knows what it was last advanced under."""
+
+    outside: _Ambient
+    given_up = False
 
 
 @dataclass(frozen=True)
@@ -77,15 +107,20 @@ class _Ambient:
     grad: bool
     inference: bool
     autocast: dict[str, tuple[bool, torch.dtype]]
+    function_modes: int
 
     @classmethod
     def now(cls) -> _Ambient:
-        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in kinds
+            for kind in ("cpu", "cuda", "mps", "xpu")
         }
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            autocast,
+            _len_torch_function_stack(),
+        )
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -94,15 +129,14 @@ class _Ambient:
         with ExitStack() as modes:
             if inside.inference != self.inference:
                 modes.enter_context(torch.inference_mode(self.inference))
-            if torch.is_grad_enabled() != self.grad:
-                modes.enter_context(torch.set_grad_enabled(self.grad))
-            for kind, (enabled, dtype) in self.autocast.items():
-                if inside.autocast[kind] != (enabled, dtype):
-                    modes.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            for _ in range(inside.function_modes - self.function_modes):
+                modes.callback(_push_mode, _pop_mode())  # type: ignore[no-untyped-call]
+            modes.callback(inside._set)
+            self._set()
             yield
 
-
-class _Run(greenlet):
-    """A greenlet that knows what it was last advanced under."""
-
-    outside: _Ambient
+    def _set(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        for kind, (enabled, dtype) in self.autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)

@@ -18,7 +18,7 @@ from normswap.stats.batchwise import batchwise
 from normswap.stats.bookmark import Bookmark, fingerprint
 from normswap.stats.choice import choose
 from normswap.stats.distributed import failing_together, rank_of
-from normswap.stats.feed import Feed, Forward, device_of, unwrapped
+from normswap.stats.feed import Feed, Forward, device_of, uncompiled, unwrapped
 from normswap.stats.free_memory import half_of_free
 from normswap.stats.keeping import kept_modes
 from normswap.stats.population import population
@@ -114,6 +114,7 @@ def warmup(
     with failing_together(group):
         with ExitStack() as around:
             around.enter_context(torch.no_grad())
+            around.enter_context(uncompiled())
             around.enter_context(kept_modes(inner))
             around.enter_context(kept_random_state())
             for module in inner.modules():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from fractions import Fraction
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import numpy as np

@@ -19,7 +19,7 @@ from normswap.stats.calibration.pair import Example, Pair, copies
 from normswap.stats.calibration.refine import refine
 from normswap.stats.calibration.report import CalibrationReport, Kept, SiteFit
 from normswap.stats.distributed import failing_together, total_of
-from normswap.stats.feed import Feed, Forward, batch_size, device_of, unwrapped
+from normswap.stats.feed import Feed, Forward, batch_size, device_of, uncompiled, unwrapped
 from normswap.stats.free_memory import half_of_free
 from normswap.stats.shelf import Shelf
 from normswap.swap.changes import Changes
@@ -113,7 +113,7 @@ def calibrate(
     shelf = Shelf(half_of_free(place) if memory is None else memory)
     with failing_together(group):
         converted, original, pairs = copies(inner, chosen)
-        with torch.no_grad(), kept_random_state(), shelf:
+        with torch.no_grad(), kept_random_state(), uncompiled():
             try:
                 run = _Calibration(converted, original, pairs, feed, shelf, group)
                 run.fit(method, refine_passes)

@@ -54,8 +54,8 @@ def differences(
     originals = {pair.path: pair.original for pair in pairs}
     norms = {pair.path: pair.norm for pair in pairs}
     with telling(originals, Companion.arrive), telling(norms, compare):
-        for index, example in examples.items():
-            with shelf.working(index):
+        for _index, example in examples.items():
+            with shelf.working(example.holder):
                 run = partial(feed.run, original, mapped(example.batch, Tensor.clone))
                 beside = Companion(run)
                 try:
@@ -72,8 +72,8 @@ def output_error(
 ) -> float:
     """The relative error of what a model returns, over all examples of all ranks."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for index, example in examples.items():
-        with shelf.working(index):
+    for _index, example in examples.items():
+        with shelf.working(example.holder):
             result = feed.run(converted, mapped(example.batch, Tensor.clone))
             for y, wanted in outputs_of(result, example.output):
                 sums += _sums(y, wanted)

@@ -8,7 +8,7 @@ and fed by what the converted model really computes: errors do not add up.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,9 @@ from normswap.stats.calibration.joint import Fit, Joint
 from normswap.stats.calibration.pair import Example, Pair
 from normswap.stats.distributed import merge_ranks
 from normswap.stats.feed import Feed, mapped
-from normswap.stats.lockstep import Key, LateArrival, Lockstep
+from normswap.stats.lockstep import Key, Lockstep, meet
 from normswap.stats.moments import channel_moments
-from normswap.stats.shelf import Shelf
+from normswap.stats.shelf import Holder, Shelf
 
 __all__ = ["fit_layerwise"]
 
@@ -47,24 +47,25 @@ def fit_layerwise(
         pairs: what is fitted.
         feed: what is read, once.
         method: how each affine is fitted.
-        shelf: where what waits is kept, and each batch's example under the batch's number.
+        shelf: where what waits is kept, the examples too.
         group: the process group, whose ranks fit together.
 
     Returns:
         By number the batches, with what the original model returns for them; and the pairs that
         were reached.
     """
-    fits = _Layerwise(pairs, feed, method, group, Lockstep(shelf, group, {}))
+    labels = [pair.path for pair in pairs for _ in range(2)]
+    lockstep = Lockstep(shelf, group, labels, "leave it out by where=", {}, staying=True)
+    fits = _Layerwise(pairs, feed, method, group, lockstep)
     originals = {pair.path: pair.original for pair in pairs}
-    with fits.standing(), telling(originals, Companion.arrive):
-        try:
-            for index, batch in enumerate(feed):
-                box = [batch]
-                del batch
-                fits.lockstep.start(partial(fits.run, converted, original, box), index)
-            fits.lockstep.run(fits.settle, enough=lambda: False)
-        finally:
-            fits.lockstep.give_up()
+    with fits.standing(), telling(originals, Companion.arrive), lockstep:
+        with closing(iter(feed)) as batches:
+            for index, batch in enumerate(batches):
+                holder = shelf.holder()
+                run = partial(fits.run, converted, original, [batch], index, holder)
+                lockstep.start(run, index, holder=holder)
+        while lockstep.settle(fits.settle):
+            lockstep.go_on()
     return {index: fits.examples[index] for index in sorted(fits.examples)}, fits.reached
 
 
@@ -74,7 +75,7 @@ class _Layerwise:
     def __init__(
         self, pairs: list[Pair], feed: Feed, method: Fit, group: Any, lockstep: Lockstep
     ) -> None:
-        self.lockstep = lockstep
+        self._lockstep = lockstep
         self.examples: dict[int, Example] = {}
         self._pairs, self._feed, self._method, self._group = pairs, feed, method, group
         self._gains = [pair.affine["weight"].clone() for pair in pairs]
@@ -100,14 +101,21 @@ class _Layerwise:
             for handle in handles:
                 handle.remove()
 
-    def run(self, converted: nn.Module, original: nn.Module, box: list[Any]) -> None:
+    def run(
+        self,
+        converted: nn.Module,
+        original: nn.Module,
+        box: list[Any],
+        index: int,
+        holder: Holder,
+    ) -> None:
         """Run one batch through both models; neither sees what the other does to its input."""
-        batch, index = mapped(box.pop(), Tensor.clone), self.lockstep.index
+        batch = mapped(box.pop(), Tensor.clone)
         beside = Companion(partial(self._feed.run, original, mapped(batch, Tensor.clone)))
         self._companions[index] = beside
         try:
             self._feed.run(converted, mapped(batch, Tensor.clone))
-            self.examples[index] = Example(batch, beside.finish())
+            self.examples[index] = Example(batch, beside.finish(), holder)
         finally:
             beside.give_up()
             del self._companions[index]
@@ -140,15 +148,11 @@ class _Layerwise:
     def _before(self, place: int, norm: nn.Module, args: Any, kwargs: Any) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         pair = self._pairs[place]
-        try:
-            if pair.needs_statistics:
-                self.lockstep.meet(2 * place, partial(self._measure, pair, x))
-            self.lockstep.meet(2 * place + 1, partial(self._compare, pair, x))
-        except LateArrival:
-            raise StatisticsError(
-                f"{pair.path}: batch {self.lockstep.index} reaches it when its affine is fitted, "
-                "since batches take different ways through the model; leave it out by where="
-            ) from None
+        if pair.needs_statistics:
+            seen = self._measure(pair, x)
+            meet(2 * place, lambda index: seen)
+        joint = self._compare(pair, x, self._lockstep.index)
+        meet(2 * place + 1, lambda index: joint)
         self._apply(place)  # others have tried the bare norm since
 
     def _measure(self, pair: Pair, x: Tensor) -> Batch:
@@ -158,15 +162,15 @@ class _Layerwise:
             return Batch(0, 0, nothing, nothing)
         return Batch(values, x.shape[0], *channel_moments(x, pair.channel_dim))
 
-    def _compare(self, pair: Pair, x: Tensor) -> Joint:
+    def _compare(self, pair: Pair, x: Tensor, index: int) -> Joint:
         """What the original computes here, beside what the bare converted norm computes."""
         joint = Joint(pair.num_features, x.device)
-        y = self._companions[self.lockstep.index].output_at(pair.path)
+        y = self._companions[index].output_at(pair.path)
         joint.see(pair.bare(x), y, pair.channel_dim)
         if not bool((joint.mean.sum() + joint.spread.sum()).isfinite()):
             raise StatisticsError(
-                f"{pair.path}: values that are not finite in batch {self.lockstep.index} (counted "
-                "from 0); mend the data or the model"
+                f"{pair.path}: values that are not finite in batch {index} (counted from 0); "
+                "mend the data or the model"
             )
         return joint
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normswap.graph.copying import sharing_copy
 from normswap.norms.state import RUNNING_STATISTICS
 from normswap.stats.calibration.candidates import Candidate, affine_of
+from normswap.stats.shelf import Holder
 from normswap.swap.apply import revert
 from normswap.swap.journal import records
 
@@ -20,10 +21,17 @@ __all__ = ["Example", "Pair", "copies"]
 
 @dataclass(frozen=True)
 class Example:
-    """A batch, and what the original model returns for it."""
+    """A batch, and what the original model returns for it.
+
+    Args:
+        batch: the batch.
+        output: what the original model returns for it.
+        holder: whose both are: they are in memory while they work.
+    """
 
     batch: Any
     output: Any
+    holder: Holder
 
 
 @dataclass(frozen=True)

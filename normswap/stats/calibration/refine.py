@@ -76,7 +76,7 @@ def refine(
                     index = next(numbers, None)
                     slopes, weight = affines.nowhere(), 0
                     if index is not None:
-                        with shelf.working(index):
+                        with shelf.working(examples[index].holder):
                             slopes, weight = _slopes(converted, affines, examples[index], feed)
                     moved |= affines.step(slopes, weight, (done + step / steps) / passes, group)
                 if not moved:

@@ -1,0 +1,107 @@
+"""Trying whether forwards that run side by side leave each other alone.
+
+While one waits at a norm, others run. What it keeps on the model meanwhile, such as a feature
+that a hook stores for later, may be theirs when it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normswap.randomness import kept_random_state, torch_states
+from normswap.stats.accumulate import Batch
+from normswap.stats.feed import batch_size, mapped
+from normswap.stats.strand import Strand
+
+__all__ = ["Trial"]
+
+#: As many samples of a batch do for a trial.
+FEW = 4
+
+#: Makes of a batch its forward, which has not begun.
+Make = Callable[[Any], Callable[[], object]]
+
+
+class Trial:
+    """Looks at the first two batches of a pass.
+
+    A few samples of each are run, or all where the model does not take few; each norm uses the
+    statistics of these. A model that fails, or draws random numbers, cannot be judged and passes.
+
+    Args:
+        make: makes of a batch its forward.
+        tolerance: how far statistics may differ, relative to their size.
+    """
+
+    def __init__(self, make: Make, tolerance: float) -> None:
+        self._make = make
+        self._tolerance = tolerance
+        self._first: list[Any] | None = []
+
+    def fails(self, batch: Any) -> bool:
+        """Look at a batch; whether it shows that forwards disturb each other."""
+        if self._first is None or not batch_size(batch):
+            return False
+        if not self._first:
+            self._first.append(mapped(batch, Tensor.clone))
+            return False
+        first, self._first = self._first.pop(), None
+        with kept_random_state():
+            return self._disturb(first, batch)
+
+    def _disturb(self, first: Any, second: Any) -> bool:
+        """Whether a batch's forward brings other things when another runs while it waits."""
+        before = torch_states()
+        for size in (FEW, None):
+            one, other = (partial(self._make, _beginning(each, size)) for each in (first, second))
+            try:
+                alone = _brought_by_first(one())
+            except Exception:
+                continue
+            if not all(map(torch.equal, before, torch_states())):
+                return False
+            try:
+                beside = _brought_by_first(one(), other())
+            except Exception:
+                return True
+            same = map(partial(_same, self._tolerance), alone, beside)
+            return len(alone) != len(beside) or not all(same)
+        return False
+
+
+def _beginning(batch: Any, size: int | None) -> Any:
+    return mapped(batch, lambda tensor: tensor[:size] if tensor.ndim else tensor)
+
+
+def _brought_by_first(*runs: Callable[[], object]) -> list[tuple[int, Batch]]:
+    """Run forwards by turns, each from norm to norm; return what the first brings where."""
+    with ExitStack() as strands:
+        turns = [strands.enter_context(closing(_brought(run))) for run in runs]
+        return [each[0] for each in zip_longest(*turns) if each[0] is not None]
+
+
+def _brought(run: Callable[[], object]) -> Generator[tuple[int, Batch], None, None]:
+    """Run a forward, each norm by the statistics of what comes to it."""
+    strand = Strand(run)
+    try:
+        arrival = strand.advance()
+        while not strand.ended:
+            batch = arrival.bring(0)
+            yield arrival.place, batch
+            arrival = strand.advance((batch.mean, batch.var))
+    finally:
+        strand.give_up()
+
+
+def _same(tolerance: float, one: tuple[int, Batch], other: tuple[int, Batch]) -> bool:
+    (place, batch), (other_place, beside) = one, other
+    scale = (batch.mean.square() + batch.var).sum().sqrt()
+    apart = (batch.mean - beside.mean).norm() + (batch.var.sqrt() - beside.var.sqrt()).norm()
+    return place == other_place and bool(apart <= tolerance * scale)
