@@ -133,7 +133,7 @@ def convert(
     applied = apply_steps(model, planned)
     if fitting is not None:
         with applied.taken_back_on_failure():
-            fitting.fit(applied.model, planned)
+            fitting.fit(applied.model)
     return applied.model
 
 

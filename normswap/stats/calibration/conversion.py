@@ -13,8 +13,8 @@ from normswap.norms.fidelity import Fidelity
 from normswap.randomness import kept_random_state
 from normswap.stats.calibration.calibrate import calibrate
 from normswap.stats.feed import device_of, forward_arguments, moved
+from normswap.swap.changes import Changes
 from normswap.swap.journal import records
-from normswap.swap.plan import Plan
 
 __all__ = ["Fitting"]
 
@@ -33,6 +33,7 @@ class Fitting:
     ) -> None:
         self._model, self._loader = model, loader
         self._wanted = min_fidelity
+        self._earlier = {norm for norm, _ in records(model).values()}
 
     @property
     def planned_fidelity(self) -> str | Fidelity | None:
@@ -58,30 +59,40 @@ class Fitting:
         args, kwargs = forward_arguments(self._model, first)
         return moved(kwargs or args, device_of(self._model, None))
 
-    def fit(self, model: nn.Module, plan: Plan) -> None:
-        """Calibrate what the plan could not make exact in eval mode, if there is any.
+    def fit(self, model: nn.Module) -> None:
+        """Calibrate what the conversion could not make exact in eval mode, if there is any.
+
+        Args:
+            model: the converted model.
 
         Raises:
             StatisticsError: it cannot be fitted.
             TooUnfaithful: something is less faithful than is wanted.
         """
-        paths = {
-            step.site.path
-            for step in plan.of("convert")
-            if step.fidelity is not None and step.fidelity.rank > Fidelity.NEAR.rank
-        }
-        found = {norm for path, (norm, _) in records(model).items() if path in paths}
-        if found:
-            calibrate(model, self._loader, where=lambda site: site.module in found)
-        if self._wanted != Fidelity.CALIBRATED:
+        norms = set(self._worse_than(Fidelity.NEAR, model).values())
+        if not norms:
             return
-        worse = [
-            path
-            for path, (_, record) in records(model).items()
-            if path in paths and record.fidelity.rank > Fidelity.CALIBRATED.rank
-        ]
-        if worse:
+        tensors = (t for norm in norms for t in (*norm.parameters(), *norm.buffers()))
+        before = Changes(writes=[(tensor, tensor.detach().clone()) for tensor in tensors])
+        try:
+            calibrate(model, self._loader, where=lambda site: site.module in norms)
+            self._refuse_less_than_wanted(model)
+        except BaseException:
+            before.make(model)  # the tensors that the conversion itself had left alone, too
+            raise
+
+    def _refuse_less_than_wanted(self, model: nn.Module) -> None:
+        worse = self._worse_than(Fidelity.CALIBRATED, model)
+        if worse and self._wanted == Fidelity.CALIBRATED:
             raise TooUnfaithful(
                 f"min_fidelity={self._wanted!s} cannot be kept, since these cannot be "
                 f"calibrated: {', '.join(worse)}; leave them out by skip=, or accept less"
             )
+
+    def _worse_than(self, fidelity: Fidelity, model: nn.Module) -> dict[str, nn.Module]:
+        """The norms that this conversion has made and that are less faithful, by path."""
+        return {
+            path: norm
+            for path, (norm, record) in records(model).items()
+            if norm not in self._earlier and record.fidelity.rank > fidelity.rank
+        }
