@@ -51,6 +51,13 @@ def conv_net() -> nn.Sequential:
     return model
 
 
+def grouped() -> nn.Sequential:
+    """One GroupNorm, which keeps no running statistics."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten())
+    fill(model)
+    return model.eval()
+
+
 def pair_of(original: nn.Module, to: str = "gn", **options: object) -> tuple[nn.Module, nn.Module]:
     """A converted copy of a model, and the model."""
     if to == "gn":
