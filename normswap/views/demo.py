@@ -1,8 +1,8 @@
-"""The demo's picture: what a warm-up, a matched start and a revert are worth, in three panels."""
+"""The demo's picture: what a warm-up, a fitted start and a revert are worth, in three panels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,31 +12,34 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_demo"]
 
-# From Okabe and Ito's palette, which stays apart under every common colour blindness. The two
+# From Okabe and Ito's palette, which stays apart under every common colour blindness. The three
 # also differ in lightness, for print without colour.
 PLAIN = "#E69F00"
+MATCHED = "#009E73"
 OURS = "#0072B2"
 INK = "#222222"
+#: What is read best on each colour.
+ON = {PLAIN: INK, MATCHED: INK, OURS: "white"}
 FAINT = "#767676"
 FRAME = "#CCCCCC"
 
-BAR = 0.42
-MOST_LEVEL = 4
-MOST_LABELLED = 12
+BARS = 0.9
+GAP = 0.02
+MOST_LABELLED = 24
 MOST_TICKS = 10
 TALL = 50
 SAMPLE_COLUMNS = 4
 
 Pixels = Sequence[Sequence[float]]
-Pair = tuple[float, float]
+Shares = Sequence[float]
 
 
 def draw_demo(
     path: Path,
     *,
     title: str,
-    epochs: Sequence[Pair],
-    groups: Sequence[tuple[str, Pair]],
+    epochs: Sequence[Shares],
+    groups: Sequence[tuple[str, Shares]],
     original: float,
     reverted: float,
     samples: Sequence[tuple[Pixels, int, int]],
@@ -49,7 +52,7 @@ def draw_demo(
         epochs: by epoch of training the accuracy with the running averages that it kept, and
             that after a warm-up.
         groups: by number of groups its label, and the accuracies of the GroupNorm network with
-            the affine copied and with it matched.
+            the affine copied, with it matched and with it calibrated.
         original: the accuracy of the BatchNorm network.
         reverted: its accuracy after conversion and revert.
         samples: images as brightness by row and column, with what was read in them before and
@@ -58,9 +61,9 @@ def draw_demo(
     from matplotlib.figure import Figure
 
     # A figure of its own, not pyplot's: no window, and none of the caller's settings change.
-    figure = Figure(figsize=(14, 4.8), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(15, 4.8), dpi=150, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=13, color=INK)
-    grid = figure.add_gridspec(1, 3, width_ratios=(1.1, 1.15, 0.9), wspace=0.04)
+    grid = figure.add_gridspec(1, 3, width_ratios=(0.95, 1.6, 0.85), wspace=0.04)
     left, middle, right = (figure.add_subfigure(grid[0, column]) for column in range(3))
     _draw_epochs(left.subplots(), epochs)
     _draw_groups(middle.subplots(), groups, original, reverted)
@@ -68,8 +71,9 @@ def draw_demo(
     figure.savefig(path, format="png")
 
 
-def _draw_epochs(axes: Axes, epochs: Sequence[Pair]) -> None:
-    _draw_pairs(axes, epochs, plain="running averages, as trained", ours="after normswap.warmup")
+def _draw_epochs(axes: Axes, epochs: Sequence[Shares]) -> None:
+    series = {"running averages, as trained": PLAIN, "after normswap.warmup": OURS}
+    _draw_bars(axes, epochs, series, most_level=6)
     axes.set_title("Warm-up of BatchNorm's statistics", fontsize=11, color=INK)
     ticks = range(0, len(epochs), -(-len(epochs) // MOST_TICKS))
     axes.set_xticks(ticks, [str(index + 1) for index in ticks])
@@ -77,7 +81,7 @@ def _draw_epochs(axes: Axes, epochs: Sequence[Pair]) -> None:
 
 
 def _draw_groups(
-    axes: Axes, groups: Sequence[tuple[str, Pair]], original: float, reverted: float
+    axes: Axes, groups: Sequence[tuple[str, Shares]], original: float, reverted: float
 ) -> None:
     axes.axhline(
         100 * original,
@@ -87,24 +91,35 @@ def _draw_groups(
         zorder=0,
         label=f"BatchNorm: {original:.1%}, after revert: {reverted:.1%}",
     )
-    _draw_pairs(
-        axes,
-        [pair for _, pair in groups],
-        plain='affine copied, carry="copy"',
-        ours='moments matched, carry="auto"',
-    )
-    axes.set_title("BatchNorm to GroupNorm, no training", fontsize=11, color=INK)
+    series = {
+        'affine copied, carry="copy"': PLAIN,
+        'moments matched, carry="auto"': MATCHED,
+        "calibrated on data, calibrate=loader": OURS,
+    }
+    _draw_bars(axes, [shares for _, shares in groups], series, most_level=12)
+    axes.set_title("BatchNorm to GroupNorm, no training, no labels", fontsize=11, color=INK)
     axes.set_xticks(range(len(groups)), [label for label, _ in groups])
     axes.set_xlabel("number of groups", color=INK)
 
 
-def _draw_pairs(axes: Axes, pairs: Sequence[Pair], *, plain: str, ours: str) -> None:
-    """Draw pairs of accuracies as bars side by side, with their values where there is room."""
-    for side, (name, color, on_color) in enumerate(((plain, PLAIN, INK), (ours, OURS, "white"))):
-        places = [index + (side - 0.5) * BAR for index in range(len(pairs))]
-        heights = [100 * pair[side] for pair in pairs]
-        axes.bar(places, heights, width=BAR - 0.03, color=color, label=name)
-        if len(pairs) > MOST_LABELLED:
+def _draw_bars(
+    axes: Axes, rows: Sequence[Shares], series: Mapping[str, str], *, most_level: int
+) -> None:
+    """Draw each row's accuracies as bars side by side, with their values where there is room.
+
+    Args:
+        axes: where.
+        rows: one accuracy a series each.
+        series: the names of the series with their colours.
+        most_level: with more bars than that, the values are written upwards.
+    """
+    width = BARS / len(series)
+    bars = len(rows) * len(series)
+    for side, (name, color) in enumerate(series.items()):
+        places = [index + (side + 0.5) * width - BARS / 2 for index in range(len(rows))]
+        heights = [100 * row[side] for row in rows]
+        axes.bar(places, heights, width=width - GAP, color=color, label=name)
+        if bars > MOST_LABELLED:
             continue
         for place, height in zip(places, heights, strict=True):
             # Inside tall bars, where the line of reference does not run through the value.
@@ -116,9 +131,9 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Pair], *, plain: str, ours: str) -> 
                 textcoords="offset points",
                 horizontalalignment="center",
                 verticalalignment="top" if inside else "bottom",
-                rotation=0 if len(pairs) <= MOST_LEVEL else 90,
-                fontsize=8.5,
-                color=on_color if inside else INK,
+                rotation=0 if bars <= most_level else 90,
+                fontsize=8,
+                color=ON[color] if inside else INK,
             )
     # Room for the legend above the bars.
     axes.set_ylim(0, 128)
