@@ -47,7 +47,8 @@ def norms() -> None:
 
 
 @app.command(
-    help="Train a small network on handwritten digits, then warm up, convert and revert its norms."
+    help="Train a small network on handwritten digits, then warm up, convert, calibrate and revert "
+    "its norms."
 )
 def demo(
     *,
@@ -91,7 +92,7 @@ def demo(
         out,
         title=f"normswap demo: {result.architecture}, {result.test_size} handwritten test digits",
         epochs=[(epoch.running, epoch.warmed) for epoch in result.epochs],
-        groups=[(row.label, (row.copied, row.matched)) for row in result.groups],
+        groups=[(row.label, (row.copied, row.matched, row.calibrated)) for row in result.groups],
         original=result.round_trip.original,
         reverted=result.round_trip.reverted,
         samples=[(s.pixels, s.running, s.warmed) for s in result.samples],

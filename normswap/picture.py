@@ -18,16 +18,22 @@ if TYPE_CHECKING:
 
 __all__ = ["FAINT", "FRAME", "INK", "OURS", "PLAIN", "Panel", "draw", "draw_panel", "save", "sheet"]
 
-# From Okabe and Ito's palette, which stays apart under every common colour blindness. The two
+# From Okabe and Ito's palette, which stays apart under every common colour blindness. The three
 # also differ in lightness, for print without colour.
 PLAIN = "#E69F00"
+BETWEEN = "#009E73"
 OURS = "#0072B2"
 INK = "#222222"
 FAINT = "#767676"
 FRAME = "#CCCCCC"
 
 DASHES = (0, (4, 3))
-MARKERS = ("s", "o")
+#: Colours of series, what is read best on each, and marks.
+COLORS = (PLAIN, BETWEEN, OURS)
+ON = (INK, INK, "white")
+MARKERS = ("D", "s", "o")
+#: Which of these one series, two and three have.
+SERIES = {1: (2,), 2: (0, 2), 3: (0, 1, 2)}
 
 #: How much of its place the bars at one place take together.
 FULL = 0.84
@@ -47,13 +53,13 @@ LETTERS = 9
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows: one series of numbers or two, over the same places.
+    """What one panel shows: one to three series of numbers, over the same places.
 
     Args:
         title: a line above; may be empty.
         x: what the places are, with their unit.
         y: what the numbers are, with their unit.
-        series: by label one number a place; of two, the plainer one first.
+        series: by label one number a place; the plainer ones first.
         kind: how they are drawn.
         places: where they are on the x axis. Default: 0, 1, 2, ...
         names: what the places are called. Default: numbers.
@@ -149,10 +155,11 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set(**{f"{letter}scale": "log" for letter in panel.log})
     axes.margins(y=0.1)
     for index, (label, values) in enumerate(panel.series.items()):
-        color = (PLAIN, OURS)[index - len(panel.series)]  # one alone is ours
+        own = SERIES[len(panel.series)][index]
+        color = COLORS[own]
         if panel.kind == "line":
             places = panel.places or range(len(values))
-            marker = MARKERS[index] if len(values) <= MOST_VALUES else None
+            marker = MARKERS[own] if len(values) <= MOST_VALUES else None
             axes.plot(places, values, color=color, marker=marker, markersize=4, label=label)
         else:
             heights = [value - panel.base for value in values]
@@ -176,7 +183,7 @@ def _bars(panel: Panel, index: int) -> tuple[list[float], float]:
 
 def _write_values(axes: Axes, panel: Panel, index: int, values: Sequence[float]) -> None:
     """Write values inside tall bars, where no rule runs through them, and beyond others."""
-    on_bar = (INK, "white")[index - len(panel.series)]
+    on_bar = ON[SERIES[len(panel.series)][index]]
     for place, value in zip(_bars(panel, index)[0], values, strict=True):
         start, end = axes.transData.transform([(place, panel.base), (place, value)])[:, 1]
         inside, up = bool(abs(end - start) > TALL * axes.bbox.height), value >= panel.base

@@ -25,7 +25,7 @@ class Digits:
     """Images (N, 1, 32, 32) in [0, 1] and their labels, split once and for all.
 
     Args:
-        train: what is trained on, and what the warm-up reads.
+        train: what is trained on, and what warm-up and calibration read.
         test: what every accuracy is measured on.
     """
 

@@ -38,6 +38,11 @@ def run(settings: Settings) -> DemoResult:
         running = predict(model, images)
         warmup = _warm_up(model, digits, settings)
         warmed = predict(model, images)
+        groups = tuple(
+            _as_group_norm(model, count, digits, settings)
+            for count in GROUP_COUNTS
+            if count is None or all(site.num_features % count == 0 for site in norms)
+        )
         return DemoResult(
             architecture=ARCHITECTURE,
             norms=len(norms),
@@ -46,12 +51,8 @@ def run(settings: Settings) -> DemoResult:
             test_size=len(digits.test),
             batch_size=settings.batch_size,
             epochs=epochs,
-            groups=tuple(
-                _as_group_norm(model, count, images, labels)
-                for count in GROUP_COUNTS
-                if count is None or all(site.num_features % count == 0 for site in norms)
-            ),
-            round_trip=_there_and_back(model, images, labels),
+            groups=groups,
+            round_trip=_there_and_back(model, images, labels, before=warmed),
             samples=_samples(images, labels, running, warmed),
             warmup_seconds=warmup.seconds,
         )
@@ -80,19 +81,36 @@ def _warm_up(model: nn.Module, digits: Digits, settings: Settings) -> WarmupRepo
     )
 
 
-def _as_group_norm(model: nn.Module, count: int | None, images: Tensor, labels: Tensor) -> Groups:
+def _as_group_norm(
+    model: nn.Module, count: int | None, digits: Digits, settings: Settings
+) -> Groups:
     """Measure a GroupNorm network; the model is the BatchNorm network again afterwards."""
-    accuracies = {}
-    used: set[int] = set()
-    for carry in ("copy", "auto"):
-        with normswap.converted(model, "gn", num_groups=count, carry=carry) as converted:
-            accuracies[carry] = _accuracy(predict(converted, images), labels)
-            used = {m.num_groups for m in converted.modules() if isinstance(m, nn.GroupNorm)}
-    return Groups(count, tuple(sorted(used)), accuracies["copy"], accuracies["auto"])
+    images, labels = digits.test.tensors
+    with normswap.converted(model, "gn", num_groups=count, carry="copy") as converted:
+        copied = _accuracy(predict(converted, images), labels)
+    with normswap.converted(model, "gn", num_groups=count, carry="auto") as converted:
+        used = {m.num_groups for m in converted.modules() if isinstance(m, nn.GroupNorm)}
+        matched = _accuracy(predict(converted, images), labels)
+        report = normswap.calibrate(
+            converted, digits.batches(settings.batch_size), progress=settings.progress
+        )
+        calibrated = _accuracy(predict(converted, images), labels)
+    return Groups(
+        asked=count,
+        used=tuple(sorted(used)),
+        copied=copied,
+        matched=matched,
+        calibrated=calibrated,
+        matched_error=report.output_before,
+        calibrated_error=report.output_after,
+        calibration_seconds=report.seconds,
+    )
 
 
-def _there_and_back(model: nn.Module, images: Tensor, labels: Tensor) -> RoundTrip:
-    before = predict(model, images)
+def _there_and_back(
+    model: nn.Module, images: Tensor, labels: Tensor, *, before: Tensor
+) -> RoundTrip:
+    """Convert and revert; ``before`` are the logits from before the first of all conversions."""
     converted = predict(normswap.convert(model, to="gn"), images)
     after = predict(normswap.revert(model), images)
     return RoundTrip(

@@ -14,7 +14,7 @@ class Settings:
     Args:
         seed: of the initial weights and of the order of the batches.
         epochs: how often the training set is read.
-        batch_size: images in a training step.
+        batch_size: images in a step of training or calibration.
         most_train: train on only as many images.
         most_test: test on only as many images.
         progress: show progress bars in a terminal.

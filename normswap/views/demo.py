@@ -17,6 +17,7 @@ SAMPLE_COLUMNS = 4
 
 Pixels = Sequence[Sequence[float]]
 Pair = tuple[float, float]
+Triple = tuple[float, float, float]
 
 
 def draw_demo(
@@ -24,7 +25,7 @@ def draw_demo(
     *,
     title: str,
     epochs: Sequence[Pair],
-    groups: Sequence[tuple[str, Pair]],
+    groups: Sequence[tuple[str, Triple]],
     original: float,
     reverted: float,
     samples: Sequence[tuple[Pixels, int, int]],
@@ -43,7 +44,7 @@ def draw_demo(
         samples: images as brightness by row and column, with what was read in them before and
             after the warm-up.
     """
-    figure, (left, middle, right) = sheet(title, widths=(4.9, 5.1, 4.0), height=4.8)
+    figure, (left, middle, right) = sheet(title, widths=(4.4, 6.4, 4.0), height=4.8)
     draw_panel(left.subplots(), _epochs(epochs))
     draw_panel(middle.subplots(), _groups(groups, original, reverted))
     _draw_samples(right, samples)
@@ -64,14 +65,15 @@ def _epochs(epochs: Sequence[Pair]) -> Panel:
     )
 
 
-def _groups(groups: Sequence[tuple[str, Pair]], original: float, reverted: float) -> Panel:
+def _groups(groups: Sequence[tuple[str, Triple]], original: float, reverted: float) -> Panel:
     return Panel(
-        "BatchNorm to GroupNorm, no training",
+        "BatchNorm to GroupNorm, no training, no labels",
         "number of groups",
         "test accuracy",
         {
-            'affine copied, carry="copy"': [100 * copied for _, (copied, _) in groups],
-            'moments matched, carry="auto"': [100 * matched for _, (_, matched) in groups],
+            'affine copied, carry="copy"': [100 * copied for _, (copied, _, _) in groups],
+            'moments matched, carry="auto"': [100 * matched for _, (_, matched, _) in groups],
+            "calibrated, calibrate=loader": [100 * fitted for _, (_, _, fitted) in groups],
         },
         names=[label for label, _ in groups],
         rules={f"BatchNorm: {original:.1%}, after revert: {reverted:.1%}": 100 * original},

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from normswap.demo.digits import load_digits
 from normswap.demo.experiments import run
 from normswap.demo.result import DemoResult
 from normswap.demo.settings import QUICK, Settings
-from normswap.views.demo import draw_demo
+from normswap.views.demo import MATCHED, OURS, PLAIN, draw_demo
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -41,10 +42,26 @@ def test_what_is_measured_hangs_together(result: DemoResult) -> None:
     assert [row.used for row in result.groups if row.asked] == [(1,), (8,), (32,)]
 
 
-def test_warm_up_and_matching_are_worth_it(result: DemoResult) -> None:
+def test_warm_up_matching_and_calibration_are_worth_it(result: DemoResult) -> None:
     assert result.epochs[-1].warmed > result.epochs[-1].running + 0.2
     for row in result.groups:
         assert row.matched > row.copied + 0.2
+        assert row.calibrated > row.copied + 0.2
+        assert 0 < row.calibrated_error < row.matched_error
+
+
+def test_the_table_shows_every_way_to_convert(result: DemoResult) -> None:
+    table = str(result).split("\n\n2. ")[1].splitlines()
+    for row in result.groups:
+        (line,) = [line for line in table if line.startswith(f" {row.label} ")]
+        assert line.removeprefix(f" {row.label}").split() == [
+            f"{row.copied:.1%}",
+            f"{row.matched:.1%}",
+            f"{row.calibrated:.1%}",
+            f"{row.matched_error:.2f}",
+            "→",
+            f"{row.calibrated_error:.2f}",
+        ]
 
 
 def test_the_command_measures_the_very_same_again_and_draws_it(
@@ -89,12 +106,44 @@ def test_a_picture_of_many_epochs_and_few_samples(tmp_path: Path) -> None:
         target,
         title="many",
         epochs=[(0.1, 0.9)] * 30,
-        groups=[("1", (0.0, 1.0))],
+        groups=[("1", (0.0, 0.5, 1.0))],
         original=1.0,
         reverted=1.0,
         samples=[([[0.0, 1.0], [1.0, 0.0]], 1, 2)],
     )
     assert is_a_picture(target)
+
+
+def test_every_way_to_convert_has_its_bar(tmp_path: Path) -> None:
+    flat = bars_drawn(tmp_path / "flat.png", (0.0, 0.0, 0.0))
+    for side, name in enumerate(("copied", "matched", "calibrated")):
+        high: list[float] = [0.0] * 3
+        high[side] = 1.0
+        drawn = bars_drawn(tmp_path / f"{name}.png", high)
+        assert [more > less + 10_000 for less, more in zip(flat, drawn, strict=True)] == [
+            height == 1.0 for height in high
+        ]
+
+
+def bars_drawn(path: Path, shares: Sequence[float]) -> list[int]:
+    """How many pixels of a picture of these bars have each series' colour."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    draw_demo(
+        path,
+        title="bars",
+        epochs=[(0.0, 0.0)],
+        groups=[("1", shares)],
+        original=1.0,
+        reverted=1.0,
+        samples=[([[1.0]], 1, 2)],
+    )
+    pixels = imread(path)[..., :3]
+    return [
+        int((abs(pixels - to_rgb(color)).max(axis=-1) < 0.01).sum())
+        for color in (PLAIN, MATCHED, OURS)
+    ]
 
 
 def is_a_picture(path: Path) -> bool:
