@@ -111,16 +111,19 @@ class _Population:
                 self._bookmark.turn(batch)
                 size, box = batch_size(batch), [batch]
                 del batch
+                if index in self._meetings.left_out:
+                    self._gathered.count(index, size, kept=False)
+                    continue
                 try:
                     self.lockstep.start(partial(_run, self._feed, self._model, box), index)
                 except _NotFinite:
                     if not skip_nonfinite or self._meetings.accumulators:
                         raise
                     self._passing.clear()
-                    self._gathered.count(size, kept=False)
+                    self._gathered.count(index, size, kept=False)
                 else:
                     self._take_passing()
-                    self._gathered.count(size, kept=True)
+                    self._gathered.count(index, size, kept=True)
         self._bookmark.close()
 
     def settle(self, key: Key, brought: list[Batch]) -> tuple[Tensor, Tensor]:
@@ -131,6 +134,7 @@ class _Population:
                 meeting.add(batch)
         merge_ranks([meeting], self._group)
         self._meetings.batches = self._gathered.batches
+        self._meetings.left_out = self._gathered.left_out
         self._bookmark.save(self._meetings)
         return _as_used(meeting)
 
