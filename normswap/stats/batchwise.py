@@ -67,7 +67,8 @@ def batchwise(
             collector.open_batch()
             with suppress(_LastNormReached):
                 feed.run(model, batch)
-            gathered.count(batch_size(batch), kept=collector.close_batch(index, skip_nonfinite))
+            sound = collector.close_batch(index, skip_nonfinite)
+            gathered.count(index, batch_size(batch), kept=sound)
             if tol is not None or gathered.batches.bit_count() == 1:  # else 1, 2, 4, 8, ...
                 known.look(gathered.samples)
             bookmark.save(gathered)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.errors import StatisticsError
+from normswap.errors import OptionError, StatisticsError
 from normswap.stats.gathered import Gathered
 
 __all__ = ["Bookmark", "fingerprint"]
@@ -34,9 +34,11 @@ class Bookmark:
     def __init__(
         self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any], *, rank: int | None
     ) -> None:
-        self._path = None if path is None else Path(path)
-        if self._path is not None and rank is not None:
-            self._path = self._path.with_name(f"{self._path.name}.{rank}")
+        self._path = None
+        if path is not None:
+            name = os.fspath(path)
+            self._path = Path(name if rank is None else f"{name}.{rank}")
+            self._unfinished = Path(f"{self._path}.part")
         self._identity = dict(identity)
         self._cost, self._saved = 0.0, -float("inf")
         self._pages, self._trail = 0, ""
@@ -47,8 +49,15 @@ class Bookmark:
 
         Raises:
             StatisticsError: the file is of another pass, or no bookmark at all.
+            OptionError: no file can be there.
         """
-        if self._path is None or not self._path.exists():
+        if self._path is None:
+            return
+        if not self._path.parent.is_dir():
+            raise OptionError(
+                f"resume={str(self._path)!r}: there is no folder {str(self._path.parent)!r}"
+            )
+        if not self._path.exists():
             return
         from safetensors import SafetensorError, safe_open
 
@@ -56,7 +65,7 @@ class Bookmark:
             with safe_open(self._path, framework="pt") as file:
                 notes = json.loads((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise StatisticsError(
                 f"resume={str(self._path)!r} is not a bookmark of a statistics pass ({error}); "
                 "give another path, or delete the file"
@@ -114,16 +123,12 @@ class Bookmark:
         from safetensors.torch import save_file
 
         tensors, notes = gathered.state()
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
-        try:
-            save_file(
-                {name: tensor.cpu().clone() for name, tensor in tensors.items()},
-                beside,
-                metadata={_KEY: json.dumps(self._notes(notes))},
-            )
-            os.replace(beside, self._path)
-        finally:
-            beside.unlink(missing_ok=True)
+        save_file(
+            {name: tensor.cpu().clone() for name, tensor in tensors.items()},
+            self._unfinished,
+            metadata={_KEY: json.dumps(self._notes(notes))},
+        )
+        os.replace(self._unfinished, self._path)
         self._saved = time.perf_counter()
         self._cost = self._saved - started
 
@@ -136,9 +141,10 @@ class Bookmark:
         }
 
     def remove(self) -> None:
-        """Delete the file: the pass is complete."""
+        """Delete the file, and what a save that was killed left: the pass is complete."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+            self._unfinished.unlink(missing_ok=True)
 
 
 def fingerprint(model: nn.Module) -> str:

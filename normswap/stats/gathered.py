@@ -25,7 +25,7 @@ class Gathered:
         rows: what adds to several accumulators at once, and brings them up to date when asked.
         batches: batches that counted.
         samples: samples that counted.
-        skipped: batches left out because of values that are not finite.
+        left_out: the numbers of batches that do not count because of values that are not finite.
         passes: how often the loader was read.
 
     Attributes:
@@ -37,7 +37,7 @@ class Gathered:
     rows: Sequence[Abreast] = ()
     batches: int = 0
     samples: int = 0
-    skipped: int = 0
+    left_out: list[int] = field(default_factory=list)
     passes: int = 0
     convergence: Convergence = field(init=False)
 
@@ -50,11 +50,13 @@ class Gathered:
             self.accumulators[name] = self.make(name)
         return self.accumulators[name]
 
-    def count(self, samples: int, *, kept: bool) -> None:
-        """Count a batch."""
-        self.batches += kept
-        self.skipped += not kept
-        self.samples += samples if kept else 0
+    def count(self, index: int, samples: int, *, kept: bool) -> None:
+        """Count a batch, or leave it out."""
+        if kept:
+            self.batches += 1
+            self.samples += samples
+        else:
+            self.left_out.append(index)
 
     def settle(self) -> None:
         """Bring the accumulators up to date."""
@@ -74,7 +76,7 @@ class Gathered:
             "calls": {name: each.calls for name, each in self.accumulators.items()},
             "batches": self.batches,
             "samples": self.samples,
-            "skipped": self.skipped,
+            "left_out": self.left_out,
             "convergence": convergence,
         }
 
@@ -87,7 +89,7 @@ class Gathered:
             each.mean = tensors[f"seen.{name}.mean"].to(each.mean.device)
             each.spread = tensors[f"seen.{name}.spread"].to(each.spread.device)
         self.batches, self.samples = notes["batches"], notes["samples"]
-        self.skipped = notes["skipped"]
+        self.left_out = notes["left_out"]
         for row in self.rows:
             row.take()
         self.convergence.restore(

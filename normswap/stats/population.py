@@ -161,7 +161,7 @@ class _Pass:
             for index, batch in enumerate(batches):
                 self._bookmark.turn(batch)
                 kept = self._start(batch, index)
-                self._gathered.count(batch_size(batch), kept=kept)
+                self._gathered.count(index, batch_size(batch), kept=kept)
                 if kept and self._trial is not None:
                     disturbed = self._trial.fails(batch)
                     self._passing.clear()

@@ -14,6 +14,8 @@ __all__ = ["Scatter"]
 
 #: With fewer batches than this, how much they differ is itself hardly known.
 FEWEST_BATCHES = 8
+#: A standard deviation under this share of the mean is what rounding makes of a constant.
+ROUNDING = 1e-10
 
 
 class Scatter:
@@ -75,11 +77,9 @@ class Scatter:
         residuals = torch.einsum("fic,ijc,fjc->fc", slopes, self.squares, slopes)
         effective = weight.square() / self.squares[0, 0]
         squared = residuals / weight.square() * (effective / (effective - 1))
-        # What rounding makes of a constant is no variance; a constant is known once it is seen.
-        rounding = torch.finfo(torch.float32).eps * (self.origin + mean)
-        relative = torch.where(
-            var > rounding.square(), squared / torch.stack([var, var.square()]), 0
-        )
+        # A constant is known once it is seen.
+        varies = var > (ROUNDING * (self.origin + mean)).square()
+        relative = torch.where(varies, squared / torch.stack([var, var.square()]), 0)
         return relative.clamp(min=0).sqrt().where(effective >= FEWEST_BATCHES, torch.nan)
 
     def state(self) -> dict[str, Tensor]:

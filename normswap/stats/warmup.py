@@ -131,7 +131,7 @@ def warmup(
         method=method,
         batches=gathered.batches,
         samples=gathered.samples,
-        skipped=gathered.skipped,
+        skipped=len(gathered.left_out),
         seconds=time.perf_counter() - started,
         tol=tol,
         convergence=gathered.convergence.points,
