@@ -187,7 +187,7 @@ class _Pass:
         """A forward on a batch of its own, which nobody else holds or is changed by it."""
         return partial(_run, self._feed, self._model, [batch])
 
-    def _apart(self, batch: Any) -> Callable[[], None]:
+    def _apart(self, batch: Any) -> Callable[[], object]:
         """Such a forward that is none of the pass's."""
         return self._shelf.holder().making(self._forward(batch))
 

@@ -30,7 +30,7 @@ class Holder:
     watch: Watch
     resting: int = 0
 
-    def making(self, run: Callable[[], object]) -> Callable[[], None]:
+    def making(self, run: Callable[[], object]) -> Callable[[], object]:
         """The same function, for itself: what it makes is theirs."""
         return partial(_within, self.watch, run)
 
@@ -108,6 +108,6 @@ class Shelf:
             self._keep(away.holder, away.size)
 
 
-def _within(watch: Watch, run: Callable[[], object]) -> None:
+def _within(watch: Watch, run: Callable[[], object]) -> object:
     with watch:
-        run()
+        return run()

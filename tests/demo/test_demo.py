@@ -16,7 +16,8 @@ from normswap.demo.digits import load_digits
 from normswap.demo.experiments import run
 from normswap.demo.result import DemoResult
 from normswap.demo.settings import QUICK, Settings
-from normswap.views.demo import MATCHED, OURS, PLAIN, draw_demo
+from normswap.picture import BETWEEN, OURS, PLAIN
+from normswap.views.demo import draw_demo
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -142,7 +143,7 @@ def bars_drawn(path: Path, shares: Sequence[float]) -> list[int]:
     pixels = imread(path)[..., :3]
     return [
         int((abs(pixels - to_rgb(color)).max(axis=-1) < 0.01).sum())
-        for color in (PLAIN, MATCHED, OURS)
+        for color in (PLAIN, BETWEEN, OURS)
     ]
 
 

@@ -67,8 +67,9 @@ def test_nothing_is_left_of_the_bookmark_in_the_end(killed: dict[str, Trials], n
 def test_the_killed_passes_skip_and_stop_early(killed: dict[str, Trials]) -> None:
     """Else the tests above would not show that these go on as they began."""
     assert killed["population"].whole.told["skipped"] == 1
-    assert killed["pooled to a tolerance"].whole.told["batches"] < (
-        killed["pooled"].whole.told["batches"]
+    assert (
+        killed["pooled to a tolerance"].whole.told["batches"]
+        < (killed["pooled"].whole.told["batches"])
     )
 
 
@@ -231,7 +232,9 @@ def test_what_is_no_bookmark_is_refused(tmp_path: Path, content: str) -> None:
     if content == "another file":
         save_file({"weight": torch.ones(2)}, path)
     else:
-        path.write_bytes({"nothing": b"", "noise": whole[::-1]}.get(content, whole[: len(whole) // 2]))
+        path.write_bytes(
+            {"nothing": b"", "noise": whole[::-1]}.get(content, whole[: len(whole) // 2])
+        )
     with pytest.raises(StatisticsError, match="not a bookmark.*delete the file"):
         normswap.warmup(net(), data(), resume=path)
     assert path.exists()
@@ -248,9 +251,7 @@ def test_a_pass_that_succeeds_leaves_no_file(tmp_path: Path, method: str) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_saving_takes_little_of_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that takes one second is followed by fifty without."""
     clock, saves = [0.0], []
 

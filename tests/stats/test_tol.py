@@ -222,7 +222,7 @@ def test_batches_that_are_left_out_are_no_points() -> None:
 
 @pytest.mark.parametrize("method", ["ema", "population"])
 def test_methods_that_cannot_stop_refuse_it(method: str) -> None:
-    with pytest.raises(OptionError, match=f'tol=.*{method}|{method}.*tol='):
+    with pytest.raises(OptionError, match=f"tol=.*{method}|{method}.*tol="):
         normswap.warmup(net(), [images(6)], method=method, tol=0.1)
     batches = cut(images(60), [3] * 20)
     assert normswap.warmup(net(), batches, method=method).convergence == ()

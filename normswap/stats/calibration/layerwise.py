@@ -56,7 +56,7 @@ def fit_layerwise(
     """
     labels = [pair.path for pair in pairs for _ in range(2)]
     lockstep = Lockstep(shelf, group, labels, "leave it out by where=", {}, staying=True)
-    fits = _Layerwise(pairs, feed, method, group, lockstep)
+    fits = _Layerwise(pairs, feed, method, group)
     originals = {pair.path: pair.original for pair in pairs}
     with fits.standing(), telling(originals, Companion.arrive), lockstep:
         with closing(iter(feed)) as batches:
@@ -72,10 +72,7 @@ def fit_layerwise(
 class _Layerwise:
     """One such pass. A pair meets twice: for running statistics, if needed, and for its fit."""
 
-    def __init__(
-        self, pairs: list[Pair], feed: Feed, method: Fit, group: Any, lockstep: Lockstep
-    ) -> None:
-        self._lockstep = lockstep
+    def __init__(self, pairs: list[Pair], feed: Feed, method: Fit, group: Any) -> None:
         self.examples: dict[int, Example] = {}
         self._pairs, self._feed, self._method, self._group = pairs, feed, method, group
         self._gains = [pair.affine["weight"].clone() for pair in pairs]
@@ -111,7 +108,8 @@ class _Layerwise:
     ) -> None:
         """Run one batch through both models; neither sees what the other does to its input."""
         batch = mapped(box.pop(), Tensor.clone)
-        beside = Companion(partial(self._feed.run, original, mapped(batch, Tensor.clone)))
+        run = partial(self._feed.run, original, mapped(batch, Tensor.clone))
+        beside = Companion(holder.making(run))
         self._companions[index] = beside
         try:
             self._feed.run(converted, mapped(batch, Tensor.clone))
@@ -149,13 +147,11 @@ class _Layerwise:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         pair = self._pairs[place]
         if pair.needs_statistics:
-            seen = self._measure(pair, x)
-            meet(2 * place, lambda index: seen)
-        joint = self._compare(pair, x, self._lockstep.index)
-        meet(2 * place + 1, lambda index: joint)
+            meet(2 * place, partial(self._measure, pair, x))
+        meet(2 * place + 1, partial(self._compare, pair, x))
         self._apply(place)  # others have tried the bare norm since
 
-    def _measure(self, pair: Pair, x: Tensor) -> Batch:
+    def _measure(self, pair: Pair, x: Tensor, index: int) -> Batch:
         values = x.numel() // pair.num_features
         if not values:
             nothing = torch.zeros(pair.num_features, dtype=torch.float64, device=x.device)
