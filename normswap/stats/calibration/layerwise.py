@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -150,9 +151,10 @@ class _Layerwise:
         pair = self._pairs[place]
         if pair.needs_statistics:
             seen = self._measure(pair, x)
-            meet(2 * place, lambda index: seen)
+            meet(2 * place, lambda index: deepcopy(seen))
         joint = self._compare(pair, x, self._lockstep.index)
-        meet(2 * place + 1, lambda index: joint)
+        # A copy, since what a forward has made itself may be put aside while it waits.
+        meet(2 * place + 1, lambda index: deepcopy(joint))
         self._apply(place)  # others have tried the bare norm since
 
     def _measure(self, pair: Pair, x: Tensor) -> Batch:
