@@ -15,7 +15,7 @@ from normswap.errors import StatisticsError
 from normswap.stats.calibration.companion import Companion, telling
 from normswap.stats.calibration.pair import Example, Pair
 from normswap.stats.distributed import total_of
-from normswap.stats.feed import Feed, mapped
+from normswap.stats.feed import Feed
 from normswap.stats.shelf import Shelf
 
 __all__ = ["Differences", "differences", "error_and_size", "output_error", "outputs_of"]
@@ -54,12 +54,11 @@ def differences(
     originals = {pair.path: pair.original for pair in pairs}
     norms = {pair.path: pair.norm for pair in pairs}
     with telling(originals, Companion.arrive), telling(norms, compare):
-        for _index, example in examples.items():
+        for example in examples.values():
             with shelf.working(example.holder):
-                run = partial(feed.run, original, mapped(example.batch, Tensor.clone))
-                beside = Companion(run)
+                beside = Companion(partial(example.fed_to, original, feed))
                 try:
-                    feed.run(converted, mapped(example.batch, Tensor.clone))
+                    example.fed_to(converted, feed)
                 finally:
                     beside.give_up()
     together = total_of(torch.stack(list(sums.values())), group)
@@ -72,9 +71,9 @@ def output_error(
 ) -> float:
     """The relative error of what a model returns, over all examples of all ranks."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for _index, example in examples.items():
+    for example in examples.values():
         with shelf.working(example.holder):
-            result = feed.run(converted, mapped(example.batch, Tensor.clone))
+            result = example.fed_to(converted, feed)
             for y, wanted in outputs_of(result, example.output):
                 sums += _sums(y, wanted)
     return _relative(total_of(sums, group))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normswap.graph.copying import sharing_copy
 from normswap.norms.state import RUNNING_STATISTICS
 from normswap.stats.calibration.candidates import Candidate, affine_of
+from normswap.stats.feed import Feed, mapped
 from normswap.stats.shelf import Holder
 from normswap.swap.apply import revert
 from normswap.swap.journal import records
@@ -32,6 +33,11 @@ class Example:
     batch: Any
     output: Any
     holder: Holder
+
+    def fed_to(self, model: nn.Module, feed: Feed) -> Any:
+        """Run a model on the batch, of which it gets a copy; return what it returns."""
+        with self.holder.watch:  # what other forwards have left on the model may be put aside
+            return feed.run(model, mapped(self.batch, Tensor.clone))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from normswap.errors import StatisticsError
 from normswap.stats.calibration.differences import error_and_size, output_error, outputs_of
 from normswap.stats.calibration.pair import Example, Pair
 from normswap.stats.distributed import first_of_all, total_of
-from normswap.stats.feed import Feed, batch_size, batches_of, mapped
+from normswap.stats.feed import Feed, batch_size, batches_of
 from normswap.stats.shelf import Shelf
 
 __all__ = ["refine"]
@@ -173,7 +173,7 @@ def _slopes(
     """
     try:
         with torch.enable_grad():
-            result = feed.run(converted, mapped(example.batch, Tensor.clone))
+            result = example.fed_to(converted, feed)
             loss = sum(_losses(result, example.output), torch.zeros(()))
         if not loss.requires_grad:
             return affines.nowhere(), 0
