@@ -86,3 +86,14 @@ def test_groupnorm_learns_where_a_batch_is_two_values_a_channel() -> None:
     for case in (("1 × 1", "8"), ("2 × 2", "2")):
         ((batch_norm, _, _, group_norm),) = cells(printed, *case)
         assert min(percent(batch_norm), percent(group_norm)) > 93
+
+
+def test_ranks_with_uneven_shards_warm_up_as_one_process() -> None:
+    printed = run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(EXAMPLES / "warmup_distributed.py"),
+    )  # fmt: skip
+    for method in ("pooled", "population"):
+        ((difference,),) = cells(printed, method)
+        assert float(difference) < 1e-10
+    assert "equal to the last bit" in printed
