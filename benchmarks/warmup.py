@@ -13,12 +13,15 @@ import gc
 import multiprocessing
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -80,7 +83,11 @@ def bare(*, training: bool) -> Run:
 
 
 def warmup(**options: Any) -> Run:
-    return lambda model, batches: normswap.warmup(model.train(), batches, **options)
+    return partial(warmed, options)
+
+
+def warmed(options: dict[str, Any], model: nn.Module, batches: Batches) -> None:
+    normswap.warmup(model.train(), batches, **options)
 
 
 def fvcore(model: nn.Module, batches: Batches) -> None:
@@ -90,6 +97,7 @@ def fvcore(model: nn.Module, batches: Batches) -> None:
 
 
 TRAIN, EVAL = "bare loop, train mode", "bare loop, eval mode"
+POPULATION = warmup(method="population")
 CONTENDERS: dict[str, Run] = {
     TRAIN: bare(training=True),
     "again (control)": bare(training=True),
@@ -99,7 +107,7 @@ CONTENDERS: dict[str, Run] = {
     'warmup, "pooled"': warmup(),
     'warmup, "pooled", tol=1e-9': warmup(tol=1e-9),
     'warmup, "average"': warmup(method="average"),
-    'warmup, "population"': warmup(method="population"),
+    'warmup, "population"': POPULATION,
     'warmup, "population", memory=0': warmup(method="population", memory=0),
 }
 if find_spec("fvcore") is None:
@@ -141,31 +149,87 @@ def speed(name: str) -> str:
 
 def growth(name: str) -> str:
     make, batch, size, batches = MODELS[name]
-    model, run = make(), CONTENDERS['warmup, "population"']
-    rows = []
-    for factor in (1, 2, 4):
-        data = list(Images(batch, size, factor * batches))
-        taken = statistics.median(seconds(run, model, data) for _ in range(3))
-        rows.append((factor * batch * batches, f"{1e3 * taken / (factor * batch * batches):.2f}"))
-    return render(f'{name}: "population" on more and more data', ("images", "ms an image"), rows)
+    model, data = make(), list(Images(batch, size, 4 * batches))
+    times: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    for _ in range(ROUNDS):
+        for factor, taken in times.items():
+            part = data[: factor * batches]
+            taken.append(1e3 * seconds(POPULATION, model, part) / (batch * len(part)))
+    return render(
+        f'{name}: "population" on more and more data; median of {ROUNDS} rounds',
+        ("images", "ms an image"),
+        (
+            (f"{factor * batch * batches}", f"{statistics.median(taken):.2f}")
+            for factor, taken in times.items()
+        ),
+    )
 
 
 def peak(run: Run, name: str) -> float:
     """The most memory that a run takes beyond what there was, in MiB, in a process of its own."""
-    make, batch, size, batches = MODELS[name]
-
-    def report(pipe: Connection) -> None:
-        model, data = make(), Images(batch, size, 4 * batches)
-        bare(training=False)(model, Images(batch, size, 1))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run(model, data)
-        pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-
     mine, its = Pipe()
-    process = multiprocessing.get_context("fork").Process(target=report, args=(its,))
+    process = multiprocessing.get_context("spawn").Process(target=report, args=(run, name, its))
     process.start()
-    process.join()
-    return float(mine.recv())
+    its.close()
+    try:
+        return float(mine.recv())
+    finally:
+        process.join()
 
 
-def memory(name: str) -> str: ...
+def report(run: Run, name: str, pipe: Connection) -> None:
+    make, batch, size, batches = MODELS[name]
+    model = make()
+    run(model, Images(batch, size, 1))
+    before = resident()
+    with HighWater() as water:
+        run(model, Images(batch, size, 4 * batches))
+    pipe.send((water.level - before) / MIB)
+
+
+def resident() -> int:
+    """The bytes of memory that this process holds now: its peak so far would hide what comes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+class HighWater:
+    """The most that :func:`resident` says within the block, looked at every two milliseconds."""
+
+    def __enter__(self) -> HighWater:
+        self.level, self._over = resident(), threading.Event()
+        self._looking = threading.Thread(target=self._look)
+        self._looking.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._looking.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.002):
+            self.level = max(self.level, resident())
+
+
+def memory(name: str) -> str:
+    _, batch, size, batches = MODELS[name]
+    allowed = {f"{mib} MiB": mib * MIB for mib in (0, 16, 64, 1024)}
+    return render(
+        f'{name}: memory that "population" takes on {4 * batches} batches of {batch} images, '
+        f"{size} × {size}, beyond a pass over one batch",
+        ("memory=", "peak, MiB"),
+        (
+            (what, f"{peak(warmup(method='population', memory=bound), name):.0f}")
+            for what, bound in allowed.items()
+        ),
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name in MODELS:
+        for table in (speed, growth, memory):
+            print(table(name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
