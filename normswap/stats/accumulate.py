@@ -7,7 +7,7 @@ are added to by the same arithmetic as one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -115,6 +115,11 @@ class Accumulator(Mergeable):
     def add(self, batch: Batch) -> None:
         """Take in one batch."""
 
+    def add_all(self, batches: Sequence[Batch]) -> None:
+        """Take in many batches."""
+        for batch in batches:
+            self.add(batch)
+
     @abstractmethod
     def terms(self, batch: Batch, origin: Tensor) -> Terms:
         """What a batch contributes, seen from an origin (C,)."""
@@ -150,6 +155,19 @@ class Pooled(Accumulator):
         self.calls += 1
         count = self._number(batch.count)
         self.merge(count, batch.mean, batch.var * (count - 1))
+
+    def add_all(self, batches: Sequence[Batch]) -> None:
+        """Take in many batches at once."""
+        if not batches:
+            return
+        self.calls += len(batches)
+        count = self.mean.new_tensor([batch.count for batch in batches])[:, None]
+        mean = torch.stack([batch.mean for batch in batches])
+        var = torch.stack([batch.var for batch in batches])
+        total = count.sum()
+        middle = (count * mean).sum(0) / total
+        spread = (var * (count - 1) + count * (mean - middle).square()).sum(0)
+        self.merge(total, middle, spread)
 
     def terms(self, batch: Batch, origin: Tensor) -> Terms:
         """Weighted by values: the mean, and the mean square deviation."""

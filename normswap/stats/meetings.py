@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.graph.site import NormSite
-from normswap.stats.accumulate import Accumulator, Batch, Pooled
+from normswap.stats.accumulate import Batch, Pooled
 from normswap.stats.bookmark import Bookmark
 from normswap.stats.distributed import first_of_all, merge_ranks
 from normswap.stats.gathered import Gathered
@@ -41,19 +41,20 @@ class Meetings:
         for name in names[common:]:
             del self._store.accumulators[name]
 
+    def __len__(self) -> int:
+        return len(self._store.accumulators)
+
     def answers(self) -> dict[Key, Answer]:
         """The statistics of all meetings that are settled."""
-        return {_key(name): _answer(each) for name, each in self._store.accumulators.items()}
+        return {_key(name): self._answer(_key(name)) for name in self._store.accumulators}
 
     def settle(self, key: Key, brought: list[Batch]) -> Answer:
         """The statistics of all that the forwards of all ranks bring to a meeting."""
-        meeting = self._store.of(f"{key[0]}.{key[1]}")
-        for batch in brought:
-            if batch.count:
-                meeting.add(batch)
+        meeting = self._store.of(_name(key))
+        meeting.add_all([batch for batch in brought if batch.count])
         merge_ranks([meeting], self._group)
         self._bookmark.save(self._store)
-        return _answer(meeting)
+        return self._answer(key)
 
     def add_to(self, gathered: Gathered) -> None:
         """Tell what each norm has seen, in all meetings at it."""
@@ -62,14 +63,21 @@ class Meetings:
             total.merge(meeting.weight, meeting.mean, meeting.spread)
             total.calls += meeting.calls
 
-    def _pooled(self, name: str) -> Accumulator:
+    def _answer(self, key: Key) -> Answer:
+        """In the precision that the norm computes in: once here, not once in every forward."""
+        meeting, like = self._store.of(_name(key)), self._sites[key[0]].state.reference()
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        mean, var = meeting.mean, meeting.spread / meeting.weight.clamp(min=1)
+        return mean.to(like.device, dtype), var.to(like.device, dtype)
+
+    def _pooled(self, name: str) -> Pooled:
         site = self._sites[_key(name)[0]]
         device = site.state.reference().device
         return Pooled(site.num_features, device if device.type != "mps" else torch.device("cpu"))
 
 
-def _answer(meeting: Accumulator) -> Answer:
-    return meeting.mean, meeting.spread / meeting.weight.clamp(min=1)
+def _name(key: Key) -> str:
+    return f"{key[0]}.{key[1]}"
 
 
 def _key(name: str) -> Key:

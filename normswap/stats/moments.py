@@ -10,8 +10,8 @@ from normswap.stats.accumulate import precise
 __all__ = ["FAR", "channel_moments", "refined"]
 
 #: Beyond this many standard deviations from zero, sums in single precision and in double cost
-#: the variance more than the rounding of the data itself.
-FAR, FAR_IN_DOUBLE = 10.0, 1e3
+#: the variance more than the rounding of the data itself; and sums of squares.
+FAR, FAR_IN_DOUBLE, FAR_FOR_SQUARES = 10.0, 1e3, 3.0
 #: As many values of a channel are summed in single precision; the sums in double.
 VALUES = 4096
 #: As many values are measured at once: what is computed beside them fits in a cache.
@@ -25,6 +25,11 @@ def channel_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         x: an input; of a single value per channel the variance is zero.
         channel_dim: where its channels are.
     """
+    maps = x.movedim(channel_dim, 1)
+    if maps.ndim > 2 and maps.is_contiguous():
+        mean, var = _of_squares(maps)
+        if not _beyond(FAR_FOR_SQUARES, mean, var):
+            return mean, var
     return refined(x, channel_dim, *_one_pass(x, channel_dim), far=FAR)
 
 
@@ -40,7 +45,7 @@ def refined(
         var: unbiased, (C,), likewise.
         far: how many standard deviations from zero the measurement held out.
     """
-    if x.dtype == torch.float64 or not bool((mean.square() > far**2 * var).any()):
+    if x.dtype == torch.float64 or not _beyond(far, mean, var):
         return mean, var
     offset = mean.to(x.device, torch.float32)
     shape = [1] * x.ndim
@@ -48,6 +53,21 @@ def refined(
     # What is near its mean differs from it by an exact amount, and those differences are small.
     rest, var = _one_pass(x - offset.view(shape), channel_dim)
     return precise(offset) + rest, var
+
+
+def _beyond(far: float, mean: Tensor, var: Tensor) -> bool:
+    return bool((mean.square() > far**2 * var).any())
+
+
+def _of_squares(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (C,) of (N, C, ...), by the fastest two reductions there are."""
+    rows = maps.to(torch.promote_types(maps.dtype, torch.float32)).flatten(2)
+    values = len(rows) * rows.shape[2]
+    parts = torch.split(rows, VALUES, 2)
+    mean = precise(rows.sum(2)).sum(0) / values
+    lengths = [precise(torch.linalg.vector_norm(part, dim=2)) for part in parts]
+    square = sum(length.square_().sum(0) for length in lengths) / values
+    return mean, (square - mean.square()).mul_(values / max(values - 1, 1)).clamp_(min=0)
 
 
 def _one_pass(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ class _Pass:
 
     def _seems_enough(self) -> bool:
         """Whether all norms are final, and the graph says that each is called only once."""
-        return self._nothing_after and len(self._meetings.answers()) == len(self._sites)
+        return self._nothing_after and len(self._meetings) == len(self._sites)
 
     def _first_ends(self) -> bool:
         """Whether a whole forward on every rank shows that nothing more is measured."""

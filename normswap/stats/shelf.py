@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from normswap.stats.heap import Heap
 from normswap.stats.overflow import Overflow
 from normswap.stats.watch import Watch
 
@@ -57,6 +58,7 @@ class Shelf:
         #: that went to the file
         self.resting, self.most, self.spilled = 0, 0, 0
         self._overflow = Overflow()
+        self._heap = Heap(budget)
         self._away: dict[int, _Away] = {}
 
     def holder(self) -> Holder:
@@ -84,14 +86,17 @@ class Shelf:
 
     def _rest(self, holder: Holder) -> None:
         """Put aside what somebody made, as far as there is no room for it in memory."""
+        seen = 0
         for key, storage in holder.watch.storages():
             size = storage.nbytes()
+            seen += size
             if self.resting + size > self.budget and size and storage.resizable():
                 self._away[key] = _Away(holder, self._overflow.put(storage), size)
                 self.spilled += size
             else:
                 self._keep(holder, size)
         self.most = max(self.most, self.resting)
+        self._heap.look(seen)
 
     def _keep(self, holder: Holder, size: int) -> None:
         holder.resting += size

@@ -126,6 +126,9 @@ class _Ambient:
     def restored(self) -> Iterator[None]:
         """What a strand has set for itself does not hold for others while it is stopped."""
         inside = _Ambient.now()
+        if inside == self:
+            yield
+            return
         with ExitStack() as modes:
             if inside.inference != self.inference:
                 modes.enter_context(torch.inference_mode(self.inference))

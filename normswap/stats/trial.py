@@ -23,7 +23,7 @@ from normswap.stats.strand import Strand
 __all__ = ["Trial"]
 
 #: As many samples of a batch do for a trial.
-FEW = 4
+FEW = 2
 
 #: Makes of a batch its forward, which has not begun.
 Make = Callable[[Any], Callable[[], object]]

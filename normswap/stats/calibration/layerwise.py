@@ -124,8 +124,7 @@ class _Layerwise:
         pair = self._pairs[place]
         if not fits:
             seen = Pooled(pair.num_features, pair.affine["weight"].device)
-            for batch in brought:
-                seen.add(batch)
+            seen.add_all([batch for batch in brought if batch.count])
             merge_ranks([seen], self._group)
             total = self._seen[place]
             total.merge(seen.weight, seen.mean, seen.spread)
