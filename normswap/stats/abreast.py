@@ -10,13 +10,9 @@ import torch
 
 from normswap.stats.accumulate import Accumulator, Batch, precise
 from normswap.stats.measure import UNTOUCHED
-from normswap.stats.moments import FAR
 from normswap.stats.scatter import Scatter
 
 __all__ = ["Abreast", "kinds_abreast"]
-
-#: What comes as near as this to being far is watched.
-MARGIN = 8
 
 
 class Abreast:
@@ -93,16 +89,18 @@ class Abreast:
         self.scatter.settle_origin(self._whole.mean)
         self.scatter.add([self._whole.terms(each, self.scatter.origin) for each in rounds])
 
-    def far(self) -> set[str]:
-        """The norms that may be so far from zero that single precision measures them coarsely.
+    def distances(self) -> dict[str, float]:
+        """How many standard deviations each norm's farthest channel is from zero.
 
         Judged by all that was seen of them: where one batch is farther than that, as one that is
         all but constant, its rounding is nothing beside the deviation of all.
         """
-        mean, var = self._whole.mean, self._whole.variance
-        channels = (mean.square() > (FAR / MARGIN) ** 2 * var) | (self._whole.weight == 0)
-        far = set(self._norm[channels].tolist())
-        return {path for index, path in enumerate(self._parts) if index in far}
+        squared = self._whole.mean.square() / self._whole.variance
+        squared = torch.where(self._whole.weight == 0, torch.inf, squared.nan_to_num(0))
+        farthest = squared.new_zeros(len(self._sizes)).scatter_reduce(
+            0, self._norm, squared, "amax"
+        )
+        return dict(zip(self._parts, farthest.sqrt().tolist(), strict=True))
 
     def errors(self) -> dict[str, tuple[float, float]]:
         """Of each norm that was reached the standard errors of its mean and variance.

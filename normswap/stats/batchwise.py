@@ -135,9 +135,11 @@ class _Collector:
         for meter in self.meters:
             meter.ready()
         if self._gathered.batches:
-            far = set[str]().union(*(row.far() for row in self._gathered.rows))
+            distances = dict(
+                chain.from_iterable(r.distances().items() for r in self._gathered.rows)
+            )
             for meter in self.meters:
-                meter.watchful = meter.site.path in far
+                meter.distance = distances[meter.site.path]
 
     def close_batch(self, index: int, skip_nonfinite: bool) -> bool:
         """Take in what the batch brought; return whether it counts."""

@@ -7,6 +7,7 @@ are slow, on any device: there is none while a forward runs, if the norm is call
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ __all__ = ["UNTOUCHED", "Meter", "Receive"]
 Receive = Callable[[NormSite, Batch], None]
 
 UNTOUCHED = -1.0
+#: A batch may be as many times farther from zero than those before it.
+MARGIN = 8
 
 
 class Meter(Probe):
@@ -39,12 +42,13 @@ class Meter(Probe):
         receive: what is told of every call.
 
     Attributes:
-        watchful: whether to measure again what was measured too coarsely, far from zero.
+        distance: how many standard deviations from zero its inputs are, as far as is known: far
+            from there it measures too coarsely, and what it measured is looked at.
     """
 
     def __init__(self, site: NormSite, receive: Receive) -> None:
         super().__init__(site)
-        self.watchful = True
+        self.distance = math.inf
         self._receive = receive
         self._alone: Tensor | None = None
         self._told = False
@@ -101,8 +105,9 @@ class Meter(Probe):
             self._alone = None
             return self._receive(self.site, batch)
         mean, var = self.scratch
-        if self.watchful and self._count > 1 and self.site.state.rule.train.over == "batch":
-            far = FAR_IN_DOUBLE if x.is_contiguous() else FAR
+        far = FAR_IN_DOUBLE if x.is_contiguous() else FAR
+        pools = self._count > 1 and self.site.state.rule.train.over == "batch"
+        if pools and self.distance * MARGIN > far:
             mean, var = refined(x, self.site.channel_dim, precise(mean), precise(var), far=far)
         self._receive(self.site, Batch(self._count, self._samples, mean, var))
 
