@@ -32,7 +32,7 @@ from torch.optim.swa_utils import update_bn
 import normswap
 from normswap.table import render
 
-ROUNDS = 7
+ROUNDS = 5
 MIB = 2**20
 
 Batches = Sequence[Tensor]
@@ -55,7 +55,7 @@ def small_net() -> nn.Module:
 
 #: What makes the model, images a batch, their size, and batches.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
-    "timm resnet50": (lambda: timm.create_model("resnet50"), 16, 64, 8),
+    "timm resnet50": (lambda: timm.create_model("resnet50"), 16, 64, 32),
     "four convolutions": (small_net, 64, 32, 100),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ class Gate(Probe):
     def __init__(self, site: NormSite, place: int) -> None:
         super().__init__(site)
         self._place = place
+        self._lent: object = None
 
     def attributes(self) -> dict[str, Any]:
         """Eval mode."""
@@ -37,7 +39,10 @@ class Gate(Probe):
     def before(self, x: Tensor) -> None:
         """Wait, and let the norm's running statistics be those of all data."""
         values = x.numel() // self.site.num_features  # whatever reads x has it in memory, too
-        self.lend(*meet(self._place, partial(self._bring, x, values)))
+        answer = meet(self._place, partial(self._bring, x, values))
+        if answer is not self._lent:
+            self._lent = answer
+            self.lend(*answer)
 
     def _bring(self, x: Tensor, values: int, index: int) -> Batch:
         if not values:
@@ -60,7 +65,7 @@ def require_finite(site: NormSite, batch: Batch, index: int) -> None:
         batch: what was measured there.
         index: the batch's number.
     """
-    if not bool((batch.mean + batch.var).isfinite().all()):
+    if not math.isfinite((batch.mean + batch.var).sum()):
         raise NotFinite(
             f"{site.label}: values that are not finite in batch {index} (counted from 0); mend "
             "the data or the model, or leave the batch out of the loader (on_nonfinite="

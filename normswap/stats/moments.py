@@ -25,7 +25,7 @@ def channel_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         x: an input; of a single value per channel the variance is zero.
         channel_dim: where its channels are.
     """
-    maps = x.movedim(channel_dim, 1)
+    maps = x if channel_dim == 1 else x.movedim(channel_dim, 1)
     if maps.ndim > 2 and maps.is_contiguous():
         mean, var = _of_squares(maps)
         if not _beyond(FAR_FOR_SQUARES, mean, var):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, UntypedStorage
@@ -64,7 +63,8 @@ class Watch(TorchFunctionMode):
         if func in _HANDS_OUT:
             self._made.pop(args[0].untyped_storage()._cdata, None)
         result = func(*args, **(kwargs or {}))
-        new = [each for each in _storages((result,)) if each._cdata not in self._made]
+        returned = _storages((result,))
+        new = [each for each in returned if each._cdata not in self._made] if returned else ()
         if new:  # or a view of what was there before, such as a weight
             read = {storage._cdata for storage in _storages(given)}
             made = (s for s in new if s._cdata not in read)
@@ -77,9 +77,10 @@ def _storages(values: Iterable[Any]) -> list[UntypedStorage]:
     found = []
     for value in values:
         if isinstance(value, Tensor):
-            # Some kinds have none, and some, as those within vmap, only stand for others.
-            with suppress(NotImplementedError, RuntimeError):
+            try:
                 found.append(value.untyped_storage())
+            except (NotImplementedError, RuntimeError):
+                continue  # some kinds have none, and some, as those within vmap, stand for others
         elif isinstance(value, (tuple, list)):
             found += _storages(value)
         elif isinstance(value, dict):
