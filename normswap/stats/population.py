@@ -16,7 +16,6 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normswap.errors import StatisticsError
@@ -33,7 +32,7 @@ from normswap.stats.measure import Meter
 from normswap.stats.meetings import Meetings
 from normswap.stats.probe import Probe, probing
 from normswap.stats.shelf import Shelf
-from normswap.stats.trial import Trial
+from normswap.stats.trial import Trial, rounding
 
 __all__ = ["population"]
 
@@ -107,7 +106,9 @@ class _Pass:
         self._model, self._sites, self._feed, self._group = model, sites, feed, group
         self._bookmark, self._skip_nonfinite = bookmark, skip_nonfinite
         self._side_by_side = side_by_side
-        self._trial = Trial(self._apart, _tolerance(sites, feed)) if side_by_side else None
+        dtypes = {site.state.reference().dtype for site in sites}
+        apart = rounding(dtypes, amp=bool(feed.amp))
+        self._trial = Trial(self._apart, apart) if side_by_side else None
         self._shelf = Shelf(memory)
         self._meetings = Meetings(sites, bookmark, group)
         self._lockstep = Lockstep(
@@ -226,10 +227,3 @@ class _Pass:
 
 def _run(feed: Feed, model: nn.Module, box: list[Any]) -> None:
     feed.run(model, mapped(box.pop(), Tensor.clone))
-
-
-def _tolerance(sites: list[NormSite], feed: Feed) -> float:
-    """Half of the digits that the model computes with."""
-    dtypes = {site.state.reference().dtype for site in sites}
-    dtypes |= {torch.bfloat16} if feed.amp else set()
-    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)

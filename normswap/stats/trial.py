@@ -6,7 +6,7 @@ that a hook stores for later, may be theirs when it goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import zip_longest
@@ -20,7 +20,7 @@ from normswap.stats.accumulate import Batch
 from normswap.stats.feed import batch_size, mapped
 from normswap.stats.strand import Strand
 
-__all__ = ["Trial"]
+__all__ = ["Trial", "rounding"]
 
 #: As many samples of a batch do for a trial.
 FEW = 2
@@ -74,6 +74,12 @@ class Trial:
             same = map(partial(_same, self._tolerance), alone, beside)
             return len(alone) != len(beside) or not all(same)
         return False
+
+
+def rounding(dtypes: Iterable[torch.dtype], *, amp: bool) -> float:
+    """What two runs of the same may differ by: half of the digits that a model computes with."""
+    computed = {torch.bfloat16, *dtypes} if amp else set(dtypes)
+    return float(max(torch.finfo(dtype).eps for dtype in computed) ** 0.5)
 
 
 def _beginning(batch: Any, size: int | None) -> Any:

@@ -18,10 +18,12 @@ from normswap.stats.calibration.layerwise import fit_layerwise
 from normswap.stats.calibration.pair import Example, Pair, copies
 from normswap.stats.calibration.refine import refine
 from normswap.stats.calibration.report import CalibrationReport, Kept, SiteFit
+from normswap.stats.calibration.undisturbed import require_undisturbed
 from normswap.stats.distributed import failing_together, total_of
 from normswap.stats.feed import Feed, Forward, batch_size, device_of, uncompiled, unwrapped
 from normswap.stats.free_memory import half_of_free
 from normswap.stats.shelf import Shelf
+from normswap.stats.trial import rounding
 from normswap.swap.changes import Changes
 from normswap.swap.journal import remember_fit
 from normswap.swap.select import Selector
@@ -89,7 +91,8 @@ def calibrate(
 
     Raises:
         StatisticsError: nothing was converted or can be fitted, no data, data that is not
-            finite, or models that return nothing comparable; nothing was written.
+            finite, models that return nothing comparable, or forwards that disturb each other;
+            nothing was written.
         OptionError: an argument has a value that it cannot take.
 
     Source: the least-squares fit is that of layer-wise reconstruction, as in Nagel et al., "Up or
@@ -185,6 +188,11 @@ class _Calibration:
                 "no batch reached a norm that was to be fitted; does forward= run the model that "
                 "it is given?"
             )
+        dtypes = {pair.affine["weight"].dtype for pair in self._pairs}
+        apart = rounding(dtypes, amp=bool(self._feed.amp))
+        require_undisturbed(
+            self._original, self.examples, apart, self._feed, self._shelf, self._group
+        )
         self.held_out = self._apart()
         fitted = self._values()
         self._put(start)
