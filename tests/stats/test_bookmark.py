@@ -18,7 +18,7 @@ from normswap.stats import bookmark
 from normswap.stats.warmup import Method
 from tests.reference.data import close
 from tests.reference.ranks import on_ranks
-from tests.stats.failing import counting, data, failing
+from tests.stats.failing import Loader, counting, data, error
 from tests.stats.models import cut, images, net
 
 
@@ -28,7 +28,7 @@ def saved(folder: Path, method: str = "pooled") -> Path:
     before, bookmark.SHARE = bookmark.SHARE, float("inf")
     try:
         with pytest.raises(LookupError):
-            normswap.warmup(net(), failing(LookupError), method=method, resume=path)
+            normswap.warmup(net(), Loader(3, error), method=method, resume=path)
     finally:
         bookmark.SHARE = before
     return path
@@ -95,7 +95,7 @@ def test_what_is_no_bookmark_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="there is no folder"):
-        normswap.warmup(net(), failing(LookupError), resume=tmp_path / "no" / "pass")
+        normswap.warmup(net(), Loader(3, error), resume=tmp_path / "no" / "pass")
 
 
 @pytest.mark.parametrize("method", get_args(Method))

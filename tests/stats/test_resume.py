@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 import normswap
 from normswap.stats import bookmark
 from normswap.stats.meetings import Meetings
-from tests.stats.failing import SIZES, counting, data, failing
+from tests.stats.failing import SIZES, STOPS, Loader, counting, data
 
 BATCHWISE = ["pooled", "average", "ema"]
 
@@ -41,14 +42,14 @@ def assert_goes_on(path: Path, method: str, *, read: int) -> None:
 
 
 @pytest.mark.usefixtures("dense")
-@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt])
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("method", BATCHWISE)
 def test_a_loader_that_fails_leaves_a_bookmark(
-    tmp_path: Path, method: str, error: type[BaseException]
+    tmp_path: Path, method: str, stop: Callable[[], None]
 ) -> None:
     path = tmp_path / "pass"
-    with pytest.raises(error):
-        normswap.warmup(counting(), failing(error), method=method, resume=path)
+    with pytest.raises(STOPS[stop]):
+        normswap.warmup(counting(), Loader(3, stop), method=method, resume=path)
     assert_goes_on(path, method, read=3)
 
 
