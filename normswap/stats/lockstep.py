@@ -197,12 +197,13 @@ class Lockstep:
         key = (arrival.place, forward.calls[arrival.place])
         forward.calls[arrival.place] += 1
         self.met += 1
+        # What a forward brings to its first meeting tells whether its batch is sound; that of one
+        # that is not did not come when its batch was read before.
+        if self.met == 1 or key not in self._answers:
+            forward.brought = arrival.bring(forward.index)
         if forward.index not in self._came.get(key, (forward.index,)):
             raise StatisticsError(
                 f"{self._norms[key[0]]}: batch {forward.index} reaches it when its statistics are "
                 f"final, since batches take different ways through the model; {self._remedy}"
             )
-        # What a forward brings to its first meeting tells whether its batch is sound.
-        if self.met == 1 or key not in self._answers:
-            forward.brought = arrival.bring(forward.index)
         return key

@@ -216,7 +216,9 @@ class _Pass:
 
     def _pass(self, site: NormSite, batch: Batch) -> None:
         require_finite(site, batch, self._lockstep.index)
-        self._passing.append((site, batch.precise()))
+        # Unseen by the forward's watch: else the copy would be put aside with what it made.
+        with torch._C.DisableTorchFunction():
+            self._passing.append((site, batch.precise()))
 
     def _take_passing(self) -> None:
         for site, batch in self._passing:

@@ -125,14 +125,15 @@ def test_converted_norms_too(to: str) -> None:
     assert_as_of_one_batch(model, images(16), [7, 7, 2])
 
 
-def test_instance_norms_are_averaged_over_samples_on_the_way() -> None:
+@pytest.mark.parametrize("memory", [None, 0])
+def test_instance_norms_are_averaged_over_samples_on_the_way(memory: int | None) -> None:
     model = nn.Sequential(
         nn.InstanceNorm2d(2, affine=True, track_running_stats=True), nn.BatchNorm2d(2)
     )
     fill(model.double())
     data = images(16)
     wanted = inputs_of_norms(model, data)["1"][0]
-    normswap.warmup(model, cut(data, [7, 7, 2]), method="population")
+    normswap.warmup(model, cut(data, [7, 7, 2]), method="population", memory=memory)
     close(model[0].running_mean, data.mean((0, 2, 3)))
     close(model[0].running_var, data.var((2, 3)).mean(0))
     assert_keeps_all_of(model[1], wanted)

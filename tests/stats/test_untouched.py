@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.errors import NormSwapError, OptionError, StatisticsError
 from tests.reference.footprint import footprint, random_states
+from tests.stats.failing import draw, mixed
 from tests.stats.models import CHANNELS, cut, images, net
 
 NUMBERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -35,13 +34,6 @@ class Failing(nn.Module):
         return x
 
 
-def draw() -> None:
-    """Move every generator there is."""
-    torch.rand(1)
-    random.random()
-    numpy.random.rand()
-
-
 def failing_loader(error: type[BaseException]) -> Iterator[Tensor]:
     for _ in range(2):
         draw()
@@ -54,19 +46,6 @@ def spoilt() -> list[Tensor]:
     batches = cut(images(12), [4, 4, 4])
     batches[1][0, 0, 0, 0] = float("nan")
     return batches
-
-
-def mixed() -> nn.Sequential:
-    """A net whose modes, momenta, flags and hooks are all different."""
-    model = net()
-    model[1].momentum = None
-    model[5].momentum = 0.3
-    model[3].eval()
-    model[0].requires_grad_(False)
-    model[5].weight.requires_grad_(False)
-    model[5].register_forward_hook(lambda module, args, output: None)
-    model[1].register_forward_pre_hook(lambda module, args: None)
-    return model
 
 
 def run(loader: Any = (), **arguments: Any) -> Callable[[nn.Sequential], object]:
