@@ -16,6 +16,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normswap.errors import StatisticsError
