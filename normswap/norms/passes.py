@@ -43,6 +43,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: (N, C, *), floating point.
     """
+    if x.numel() == 0:
+        none = x.new_zeros(x.shape[:2], dtype=work_dtype(x))
+        return none, none.clone()
     layout = _layout(x)
     if layout == "rows":
         rows = x.reshape(-1, math.prod(x.shape[2:]))
