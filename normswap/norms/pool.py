@@ -22,23 +22,46 @@ class Pool:
     Args:
         over: ``"batch"``: over (N, L), per channel. ``"group"``: over L and ``channels``
             consecutive channels, per sample. ``"position"``: over C, per sample and position.
-            ``"running"``: nothing is pooled, the running statistics are used. ``"nothing"``:
-            the input is not standardized at all.
+            ``"running"``: nothing is pooled, the running statistics are used. ``"mixture"``:
+            the statistics are a mean of those of ``shares``. ``"nothing"``: the input is not
+            standardized at all.
         channels: channels in a group; 1 is instance normalization, C is layer normalization.
         centred: whether the mean is subtracted; without it the statistic is the mean square.
+        shares: of a mixture, the pools with their weights in its mean and in its variance.
     """
 
-    over: Literal["batch", "group", "position", "running", "nothing"]
+    over: Literal["batch", "group", "position", "running", "mixture", "nothing"]
     channels: int = 1
     centred: bool = True
+    shares: tuple[tuple[Pool, float, float], ...] = ()
 
     @property
     def measures(self) -> bool:
         """Whether statistics are taken from the input at hand."""
-        return self.over in ("batch", "group", "position")
+        return self.over in ("batch", "group", "position", "mixture")
+
+    @property
+    def meets(self) -> bool:
+        """Whether samples of a batch change each other's outputs."""
+        return self.over == "batch" or any(pool.meets for pool, _, _ in self.shares)
+
+    def share(self, other: Pool) -> float:
+        """How much of the statistics another pool gives, 0 to 1: the less of mean and variance."""
+        if self == other:
+            return 1.0
+        return max(
+            (min(mean, var) for pool, mean, var in self.shares if pool == other), default=0.0
+        )
 
     def values(self, batch: int, num_features: int, length: int) -> int:
-        """How many values one statistic is pooled over, for an input (N, C, L)."""
+        """How many values one statistic is pooled over, for an input (N, C, L).
+
+        Of a mixture, those over the batch count, if there are any; else the widest.
+        """
+        if self.over == "mixture":
+            pools = [pool for pool, _, _ in self.shares if pool.measures]
+            pools = [pool for pool in pools if pool.meets] or pools
+            return max(pool.values(batch, num_features, length) for pool in pools)
         sizes = {"batch": batch * length, "group": self.channels * length, "position": num_features}
         return sizes[self.over]
 
@@ -54,6 +77,12 @@ class Pool:
             drawn from channels of these statistics is expected to show; zero and the mean square
             where the pool is not centred.
         """
+        if self.over == "mixture":
+            means, variances = torch.zeros_like(mean), torch.zeros_like(var)
+            for pool, of_mean, of_var in self.shares:
+                pooled_mean, pooled_var = pool.expected(mean, var)
+                means, variances = means + of_mean * pooled_mean, variances + of_var * pooled_var
+            return means, variances
         if not self.centred:
             square = var + mean.square()
             size = self.channels if self.over == "group" else len(square)

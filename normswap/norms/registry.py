@@ -9,7 +9,18 @@ from typing import Literal
 from torch import nn
 
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
-from normswap.norms import batch, fold, frozen, group, identity, instance, layer, rms, sync_batch
+from normswap.norms import (
+    batch,
+    fold,
+    frozen,
+    group,
+    identity,
+    instance,
+    layer,
+    rms,
+    switchable,
+    sync_batch,
+)
 from normswap.norms.entry import NormEntry, Option, Reader, Starter
 from normswap.norms.functional import FunctionalNorm, read_functional
 from normswap.table import Listing
@@ -18,7 +29,18 @@ __all__ = ["NormList", "add_readers", "kinds", "list_norms", "lookup", "reader",
 
 _ENTRIES: dict[str, NormEntry] = {
     entry.name: entry
-    for module in (batch, sync_batch, frozen, group, instance, layer, rms, identity, fold)
+    for module in (
+        batch,
+        sync_batch,
+        frozen,
+        group,
+        instance,
+        layer,
+        rms,
+        switchable,
+        identity,
+        fold,
+    )
     for entry in module.ENTRIES
 }
 _READERS: dict[type[nn.Module], Reader] = {

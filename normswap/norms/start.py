@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from normswap.errors import CannotConvert
 from normswap.norms.beside import Beside
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.pool import BATCH, Pool, Rule, per_group
+from normswap.norms.pool import BATCH, RUNNING, Pool, Rule, per_group
 from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
 
 Carry = Literal["auto", "copy", "fresh"]
+
+#: From which share of the running statistics on a mixture evaluates nearly as they alone do.
+NEAR = 0.999
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,9 @@ def begin(
             'use carry="copy", or remove the parametrization first',
         )
     notes = [note] if note else []
+    if fidelity is Fidelity.NEAR:
+        rest = 1 - _share(state, rule)
+        notes.append(f"all but {rest:.1g} of its statistics are the running ones")
     if running and state.kind and (carry == "fresh" or not state.tracks):
         notes.append("running statistics begin at 0 and 1: run normswap.warmup")
     gained = [name for name in names if getattr(state, name) is None]
@@ -143,7 +149,10 @@ def _fidelity(
         return Fidelity.EVAL
     if "nothing" in (rule.eval.over, state.rule.eval.over):
         return Fidelity.FRESH
-    matchable = state.rule.eval.over == "running" and rule.eval.measures
+    if eps == state.eps and _share(state, rule) >= NEAR:
+        return Fidelity.NEAR
+    known = state.tracks and state.rule.eval.over in ("running", "mixture")
+    matchable = known and (rule.eval.measures or rule.eval == RUNNING)
     rewritable = affine is not False or _is_identity(rule.eval, state, eps)
     if carry == "auto" and matchable and rewritable:
         return Fidelity.MATCHED
@@ -152,7 +161,14 @@ def _fidelity(
 
 def _is_identity(pool: Pool, state: NormState, eps: float) -> bool:
     """Whether matching would change nothing: the channel's own statistics, the same eps."""
-    return eps == state.eps and (pool == BATCH or pool == per_group(1))
+    own = state.rule.eval == RUNNING and (pool == BATCH or pool == per_group(1))
+    return eps == state.eps and own
+
+
+def _share(state: NormState, rule: Rule) -> float:
+    """How much of one norm's statistics, in eval mode, are those that the other goes by."""
+    ours, theirs = rule.eval, state.rule.eval
+    return max(ours.share(theirs), theirs.share(ours)) if RUNNING in (ours, theirs) else 0.0
 
 
 def _unit(state: NormState) -> dict[str, Tensor]:
@@ -169,7 +185,8 @@ def _match(state: NormState, pool: Pool, eps: float) -> dict[str, Tensor]:
     """Gain and offset that give the source's eval output on a sample of expected statistics.
 
     With expected mean M and variance V of the pool, and the source's root S = sqrt(var + eps):
-    weight' = weight · sqrt(V + eps') / S and bias' = bias + weight · (M - mean) / S.
+    weight' = weight · sqrt(V + eps') / S and bias' = bias + weight · (M - mean) / S. Mean and var
+    are the running statistics, or what a source that measures is expected to make of them.
     """
     if state.running_mean is None or state.running_var is None:
         raise CannotConvert("it keeps no running statistics", 'use carry="copy"')
@@ -178,8 +195,9 @@ def _match(state: NormState, pool: Pool, eps: float) -> dict[str, Tensor]:
         mean, var = state.running_mean.to(work), state.running_var.to(work)
         gain = torch.ones_like(mean) if state.weight is None else state.weight.to(work)
         offset = torch.zeros_like(mean) if state.bias is None else state.bias.to(work)
-        slope = gain * (var + state.eps).rsqrt()
         expected_mean, expected_var = pool.expected(mean, var)
+        mean, var = state.rule.eval.expected(mean, var)
+        slope = gain * (var + state.eps).rsqrt()
         dtype = state.reference().dtype
         return {
             "weight": (slope * (expected_var + eps).sqrt()).to(dtype),

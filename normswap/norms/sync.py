@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normswap.errors import DegeneratePooling
 
-__all__ = ["ranks", "synchronized_batch_norm"]
+__all__ = ["merged", "ranks", "synchronized_batch_norm"]
 
 Group = Any  # torch.distributed.ProcessGroup exists only where torch was built with distributed
 
@@ -61,18 +61,7 @@ def synchronized_batch_norm(
     local_mean = values.sum(dims) / max(count, 1)
     local_m2 = (values - local_mean.view(shape)).square().sum(dims)
 
-    packed = torch.cat([local_mean.new_full((1,), count), local_mean, local_m2]).double()
-    counts, means, m2s = _AllGather.apply(packed, group).split(
-        [1, len(local_mean), len(local_mean)], dim=1
-    )
-    total = counts.sum().item()
-    if total <= 1:
-        raise DegeneratePooling(
-            f"{name}: expected more than one value per channel over all ranks in training, got "
-            f"{total:.0f}; use a larger batch"
-        )
-    mean = (counts * means).sum(0) / total
-    var = (m2s + counts * (means - mean).square()).sum(0) / total
+    mean, var, total = merged(count, local_mean, local_m2, group=group, name=name)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), factor)
@@ -86,6 +75,35 @@ def synchronized_batch_norm(
         y = y + bias.view(shape)
     normalized: Tensor = y.to(x.dtype)
     return normalized
+
+
+def merged(
+    count: int, mean: Tensor, m2: Tensor, *, group: Group | None, name: str
+) -> tuple[Tensor, Tensor, int]:
+    """Mean, biased variance and number of all ranks' values, by Chan's rule in float64.
+
+    Args:
+        count: how many values this rank has for each channel, 0 allowed.
+        mean: their mean, (C,).
+        m2: the sum of their squared differences from it, (C,).
+        group: the process group, ``None`` for the default one.
+        name: what an error calls the layer.
+
+    Raises:
+        DegeneratePooling: all ranks together hold at most one value per channel.
+    """
+    # In float32 a count would be rounded from 2**24 on.
+    counted = mean.new_full((1,), count, dtype=torch.float64)
+    packed = torch.cat([counted, mean.double(), m2.double()])
+    counts, means, m2s = _AllGather.apply(packed, group).split([1, len(mean), len(mean)], dim=1)
+    total = int(counts.sum().item())
+    if total <= 1:
+        raise DegeneratePooling(
+            f"{name}: expected more than one value per channel over all ranks in training, got "
+            f"{total}; use a larger batch"
+        )
+    whole = (counts * means).sum(0) / total
+    return whole, (m2s + counts * (means - whole).square()).sum(0) / total, total
 
 
 class _AllGather(torch.autograd.Function):

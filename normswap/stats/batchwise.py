@@ -97,7 +97,7 @@ def accumulator_for(site: NormSite, method: Literal["ema", "average", "pooled"])
         return Ema(mean, var, momentum=site.state.momentum, batches=seen)
     # Statistics of single samples are averaged over samples: there is no variance between them
     # in what InstanceNorm keeps.
-    by_samples = site.state.rule.train.over != "batch"
+    by_samples = not site.state.rule.train.meets
     if by_samples or method == "average":
         weighted = by_samples and method == "pooled"
         return Average(site.num_features, precise(mean).device, by_samples=weighted)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.graph.site import NormSite
 from normswap.norms.batch import SynchronizedBatchNorm
+from normswap.norms.measured import MeasuredNorm
 from normswap.stats.accumulate import Batch, precise
 from normswap.stats.moments import FAR, FAR_IN_DOUBLE, refined
 from normswap.stats.probe import Probe
@@ -59,7 +60,7 @@ class Meter(Probe):
         measures: dict[str, Any] = {"momentum": 1.0, "training": True}
         if not (dist.is_available() and dist.is_initialized()):
             return measures
-        if isinstance(module, SynchronizedBatchNorm):
+        if isinstance(module, (SynchronizedBatchNorm, MeasuredNorm)):
             return measures | {"sync": False}
         if isinstance(module, nn.SyncBatchNorm):
             return measures | {"forward": _LocalForward(module, self.site.state.tail)}
@@ -106,7 +107,7 @@ class Meter(Probe):
             return self._receive(self.site, batch)
         mean, var = self.scratch
         far = FAR_IN_DOUBLE if x.is_contiguous() else FAR
-        pools = self._count > 1 and self.site.state.rule.train.over == "batch"
+        pools = self._count > 1 and self.site.state.rule.train.meets
         if pools and self.distance * MARGIN > far:
             mean, var = refined(x, self.site.channel_dim, precise(mean), precise(var), far=far)
         self._receive(self.site, Batch(self._count, self._samples, mean, var))

@@ -121,7 +121,7 @@ class _Pass:
             staying=side_by_side,
         )
         self._passing: list[tuple[NormSite, Batch]] = []
-        self._waits = [site.state.rule.train.over == "batch" for site in sites]
+        self._waits = [site.state.rule.train.meets for site in sites]
         self._probes: list[Probe] = [
             Gate(site, place) if waits else Meter(site, self._pass)
             for place, (site, waits) in enumerate(zip(sites, self._waits, strict=True))

@@ -32,6 +32,7 @@ _REMEDIES = {
     "batch": "give larger example_inputs, and train on larger batches",
     "group": "use fewer groups or larger maps",
     "position": "use more channels",
+    "mixture": "give larger example_inputs, and train on larger batches",
 }
 
 

@@ -113,6 +113,16 @@ def _rms_2d(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor
     return formulas.rms_norm_of_positions(x, weight, bias)
 
 
+def _switchable(**options: Any) -> Formula:
+    """With the logits that `fill` gives, which come after weight and bias."""
+
+    def formula(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
+        logits = values(3, seed=1002), values(3, seed=1003)
+        return formulas.switchable_norm(x, weight, bias, running, *logits, **options)
+
+    return formula
+
+
 def _nothing(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
     return x
 
@@ -131,6 +141,14 @@ LAYER = Case("ln", _layer, _layer)
 LAYER_2D = Case("ln2d", _layer_2d, _layer_2d)
 RMS = Case("rms", _rms, _rms)
 RMS_2D = Case("rms2d", _rms_2d, _rms_2d)
+SWITCHABLE = Case("sn", _switchable(), _switchable(training=False), updates=True)
+BIASED_SWITCHABLE = Case(
+    "sn",
+    _switchable(unbiased=False),
+    _switchable(unbiased=False, training=False),
+    {"unbiased": False},
+    updates=True,
+)
 IDENTITY = Case("identity", _nothing, _nothing)
 
 CASES = [
@@ -146,5 +164,7 @@ CASES = [
     LAYER_2D,
     RMS,
     RMS_2D,
+    SWITCHABLE,
+    BIASED_SWITCHABLE,
     IDENTITY,
 ]

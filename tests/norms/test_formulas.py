@@ -92,7 +92,7 @@ def test_eval_leaves_the_statistics(case: Case, shape: tuple[int, ...]) -> None:
     assert torch.equal(norm.running_var, statistics().var)
 
 
-@pytest.mark.parametrize("norm", ["bn", "sync_bn"])
+@pytest.mark.parametrize("norm", ["bn", "sync_bn", "sn"])
 def test_every_train_step_is_counted(norm: str) -> None:
     module = build(norm, CHANNELS)
     for step in range(3):

@@ -16,6 +16,7 @@ from tests.norms.cases import (
     INSTANCE,
     LAYER_2D,
     RMS_2D,
+    SWITCHABLE,
     SYNC,
     SYNC_OPTION,
     TRACKED_INSTANCE,
@@ -37,6 +38,7 @@ CASES = [
     TRACKED_INSTANCE,
     LAYER_2D,
     RMS_2D,
+    SWITCHABLE,
     IDENTITY,
 ]
 PAIRS = [
@@ -99,7 +101,7 @@ def test_tokens_that_are_not_contiguous_are_normalized_too() -> None:
     close(norm(x), by_hand(BATCH, norm, x))
 
 
-@pytest.mark.parametrize("norm", ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "identity"])
+@pytest.mark.parametrize("norm", ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "sn", "identity"])
 def test_the_input_may_be_given_by_the_name_that_torch_gives_it(norm: str) -> None:
     module, x = start(norm, channel_dim=1), values(3, CHANNELS, 5)
     assert torch.equal(module(input=x), module(x))
@@ -118,7 +120,7 @@ def noting(calls: list[str], name: str) -> nn.Module:
 
 @pytest.mark.parametrize("channel_dim", [1, -1])
 @pytest.mark.parametrize(
-    "norm", ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln2d", "rms2d", "identity"]
+    "norm", ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln2d", "rms2d", "sn", "identity"]
 )
 def test_the_tail_runs_in_order_on_the_layers_own_layout(norm: str, channel_dim: int) -> None:
     options = {"sync": True} if norm == "bn" else {}

@@ -115,6 +115,61 @@ def rms_norm_of_positions(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float
     return _scaled(x / (square + eps) ** 0.5, weight, bias)
 
 
+def switchable_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Running,
+    mean_logits: Tensor,
+    var_logits: Tensor,
+    *,
+    training: bool = True,
+    unbiased: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Luo et al. 2019 with the variances of their code, or with the biased ones of the paper.
+
+    Second moments are averaged, and the squared mean taken off. What is kept is the variance that
+    divided, or the unbiased one of a biased one.
+    """
+    if x.ndim == 2:
+        every = x.unsqueeze(2)
+        y = switchable_norm(
+            every,
+            weight,
+            bias,
+            running,
+            mean_logits,
+            var_logits,
+            training=training,
+            unbiased=unbiased,
+            momentum=momentum,
+            eps=eps,
+        )
+        return y.squeeze(2)
+    samples, positions = x.shape[0], x[0, 0].numel()
+    own_mean, own_var = _moments(x, _positions(x))
+    if unbiased and positions > 1:
+        own_var = own_var * positions / (positions - 1)
+    square = own_var + own_mean**2
+    statistics = [(own_mean, own_var)]
+    for dim in (1, 0):
+        mean = own_mean.sum(dim, keepdim=True) / x.shape[dim]
+        statistics.append((mean, square.sum(dim, keepdim=True) / x.shape[dim] - mean**2))
+    if training:
+        mean, var = statistics[2]
+        values = samples * positions
+        bessel = 1 if unbiased and positions > 1 else values / (values - 1)
+        running.update(mean.flatten(), var.flatten() * bessel, momentum)
+    else:
+        statistics[2] = _per_channel(running.mean, x), _per_channel(running.var, x)
+    shares = [logits.exp() / logits.exp().sum() for logits in (mean_logits, var_logits)]
+    mean = sum(share * one for share, (one, _) in zip(shares[0], statistics, strict=True))
+    var = sum(share * one for share, (_, one) in zip(shares[1], statistics, strict=True))
+    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
 def mean_and_unbiased_var(x: Tensor) -> tuple[Tensor, Tensor]:
     """What a batch norm keeps of all its data (N, C, ...), per channel."""
     mean, var = _moments(x, (0, *_positions(x)))
