@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -52,14 +52,15 @@ class Loader:
 
     after: int
     act: Callable[[], None]
+    batches: list[Tensor] = field(default_factory=data)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for index, batch in enumerate(data()):
+        for index, batch in enumerate(self.batches):
             if index == self.after:
                 self.act()
             draw()
             yield batch
-        if self.after == len(SIZES):
+        if self.after == len(self.batches):
             self.act()
 
 

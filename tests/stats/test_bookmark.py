@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -16,9 +15,7 @@ import normswap
 from normswap.errors import OptionError, StatisticsError
 from normswap.stats import bookmark
 from normswap.stats.warmup import Method
-from tests.reference.data import close
-from tests.reference.ranks import on_ranks
-from tests.stats.failing import Loader, counting, data, error
+from tests.stats.failing import Loader, data, error
 from tests.stats.models import cut, images, net
 
 
@@ -122,45 +119,3 @@ def test_saving_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     normswap.warmup(net(), passing(20), resume=tmp_path / "pass")
     assert saves == [10, 61, 112, 163]
-
-
-def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
-    """A pass in which the second rank fails, and one that goes on."""
-    bookmark.SHARE = float("inf")
-    mine = data()[2 * rank : 2 * rank + 2]
-
-    def failing_on_the_second() -> Iterator[Tensor]:
-        yield from mine
-        if rank == 1:
-            raise LookupError("on purpose")
-
-    with pytest.raises((LookupError, StatisticsError)):
-        normswap.warmup(counting(), failing_on_the_second(), resume=folder / "pass")
-    names = sorted(os.listdir(folder))
-    model = counting()
-    normswap.warmup(model, mine, resume=folder / "pass")
-    return {"names": names, "calls": model[2].calls, "buffers": dict(model.named_buffers())}
-
-
-def test_ranks_have_a_file_each(tmp_path: Path) -> None:
-    (tmp_path / "files").mkdir()
-    (tmp_path / "meeting").mkdir()
-    expected = counting()
-    normswap.warmup(expected, data())
-    ranks = on_ranks(2, Folder(tmp_path / "files"), tmp_path / "meeting")
-    for rank in ranks:
-        assert rank["names"] == ["pass.0", "pass.1"]
-        assert rank["calls"] == 0
-        for name, tensor in expected.named_buffers():
-            close(rank["buffers"][name], tensor)
-    assert not list((tmp_path / "files").iterdir())
-
-
-class Folder:
-    """What a rank does, with a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, rank: int) -> dict[str, Any]:
-        return on_two_ranks(rank, self.folder)
