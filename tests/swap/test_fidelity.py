@@ -147,6 +147,24 @@ def test_sync_bn_trains_as_bn_bit_for_bit(momentum: float | None) -> None:
         assert same_bits(other.state_dict()[key], value), key
 
 
+# -- near ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", MIXTURES)
+@pytest.mark.parametrize("source", ["BatchNorm2d", "SyncBatchNorm", "frozen_bn"])
+def test_near_is_there_and_back_within_a_hundredth(source: str, target: str) -> None:
+    model = SOURCES[source].model()
+    x, before = model.example(), outputs(model, model.example())
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert promised(model, target) == "near"
+    swap(model, target)
+    assert 0 < (outputs(model, x) - before).norm() < 0.01 * before.norm()
+    assert promised(model, "bn") == "near"
+    swap(model, "bn")
+    assert (outputs(model, x) - before).norm() < 1e-6 * before.norm()
+    assert all(same_bits(p, parameters[name]) for name, p in model.named_parameters())
+
+
 # -- affine and fresh ---------------------------------------------------------------------------
 
 
