@@ -70,6 +70,7 @@ def begin(
     running: bool = False,
     frozen: bool = False,
     note: str = "",
+    own: tuple[str, ...] = (),
 ) -> Start:
     """Answer for a norm whose output is ``weight · (x - mean) / sqrt(var + eps) + bias``.
 
@@ -88,6 +89,7 @@ def begin(
         running: whether the target tracks running statistics.
         frozen: whether the target holds its affine fixed.
         note: what the user should know.
+        own: parameters that the target has beside weight and bias, and learns.
 
     Raises:
         CannotConvert: the affine is not per channel, or has to be rewritten and cannot be.
@@ -118,9 +120,9 @@ def begin(
         notes.append(f"all but {rest:.1g} of its statistics are the running ones")
     if running and state.kind and (carry == "fresh" or not state.tracks):
         notes.append("running statistics begin at 0 and 1: run normswap.warmup")
-    gained = [name for name in names if getattr(state, name) is None]
+    gained = [*(name for name in names if getattr(state, name) is None), *own]
     if state.kind and gained:
-        notes.append(f"gains {' and '.join(gained)}, which no optimizer knows yet")
+        notes.append(f"gains {', '.join(gained)}, which no optimizer knows yet")
     return Start(
         fidelity=fidelity,
         shell=shell,
@@ -152,7 +154,7 @@ def _fidelity(
     if eps == state.eps and _share(state, rule) >= NEAR:
         return Fidelity.NEAR
     known = state.tracks and state.rule.eval.over in ("running", "mixture")
-    matchable = known and (rule.eval.measures or rule.eval == RUNNING)
+    matchable = known and (rule.eval.measures or state.rule.eval.over == "mixture")
     rewritable = affine is not False or _is_identity(rule.eval, state, eps)
     if carry == "auto" and matchable and rewritable:
         return Fidelity.MATCHED

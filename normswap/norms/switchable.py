@@ -120,6 +120,7 @@ def start_switchable_norm(
         eps=eps,
         affine=affine,
         running=True,
+        own=SwitchableNorm.own,
     )
 
 

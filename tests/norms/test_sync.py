@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import normswap
-from normswap.norms.sync import synchronized_batch_norm
+from normswap.norms.sync import merged, synchronized_batch_norm
 from tests.norms.cases import CHANNELS
 from tests.norms.training import CUTS, SETTINGS, STEPS, run_by_formula, run_one_rank
 from tests.reference import formulas
@@ -21,6 +21,8 @@ from tests.reference.data import close, fill, values
 from tests.reference.ranks import lone_rank, on_ranks
 
 Results = list[dict[str, Any]]
+
+NORMS = ("bn", "sn", "sync_bn")
 
 
 def everything(rank: int) -> dict[str, Any]:
@@ -32,8 +34,8 @@ def everything(rank: int) -> dict[str, Any]:
         for name, setting in SETTINGS.items()
         for kind, cut in cuts.items()
     }
-    result["one value"] = {norm: refusal(norm, rank) for norm in ("bn", "sync_bn")}
-    result["alone"] = {norm: evaluated_alone(norm, rank) for norm in ("bn", "sync_bn")}
+    result["one value"] = {norm: refusal(norm, rank) for norm in NORMS}
+    result["alone"] = {norm: evaluated_alone(norm, rank) for norm in NORMS}
     if world == 2:
         result["data parallel"] = data_parallel_step(rank)
         result["data parallel refuses"] = data_parallel_refusal()
@@ -160,13 +162,13 @@ def test_every_rank_keeps_the_statistics_of_all(ranks: Results, name: str, kind:
         assert buffers["num_batches_tracked"] == STEPS
 
 
-@pytest.mark.parametrize("norm", ["bn", "sync_bn"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_single_value_over_all_ranks_is_refused_on_each(ranks: Results, norm: str) -> None:
     for rank in ranks:
         assert "more than one value per channel over all ranks" in rank["one value"][norm]
 
 
-@pytest.mark.parametrize("norm", ["bn", "sync_bn"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_one_rank_alone_may_evaluate(ranks: Results, norm: str) -> None:
     module, x = SETTINGS[norm].build().eval(), SETTINGS[norm].batch(3, 0)
     close(ranks[0]["alone"][norm], module(x))
@@ -211,6 +213,14 @@ def test_numerical_gradients(alone: None, check: Any, shape: tuple[int, ...]) ->
 
     inputs = (values(*shape), values(2, seed=1), values(2, seed=2))
     assert check(norm, [x.requires_grad_() for x in inputs])
+
+
+def test_counts_are_exact_beyond_what_single_precision_holds(alone: None) -> None:
+    count = 2**24 + 1
+    mean, m2 = torch.zeros(2), torch.full((2,), 3.0)
+    _, var, total = merged(count, mean, m2, group=None, name="norm")
+    assert total == count
+    close(var, torch.full((2,), 3.0 / count).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Setting:
     channel_dim: int = 1
     momentum: float | None = 0.1
     options: dict[str, Any] = field(default_factory=dict)
+    formula: Callable[..., Tensor] = formulas.batch_norm
 
     def build(self) -> torch.nn.Module:
         """The norm, the same on every rank."""
@@ -46,6 +48,7 @@ class Setting:
 
 
 SYNC_OPTION = {"sync": True}
+switchable = formulas.switchable_norm
 SETTINGS = {
     "bn": Setting("bn", options=SYNC_OPTION),
     "bn without positions": Setting("bn", (CHANNELS,), options=SYNC_OPTION),
@@ -55,6 +58,17 @@ SETTINGS = {
     "bn without momentum": Setting("bn", momentum=None, options=SYNC_OPTION),
     "bn without affine": Setting("bn", options={**SYNC_OPTION, "affine": False}),
     "bn untracked": Setting("bn", options={**SYNC_OPTION, "track_running_stats": False}),
+    "sn": Setting("sn", options=SYNC_OPTION, formula=switchable),
+    "sn without positions": Setting("sn", (CHANNELS,), options=SYNC_OPTION, formula=switchable),
+    "sn of tokens": Setting(
+        "sn", (4, CHANNELS), channel_dim=-1, options=SYNC_OPTION, formula=switchable
+    ),
+    "sn without momentum": Setting("sn", momentum=None, options=SYNC_OPTION, formula=switchable),
+    "sn biased": Setting(
+        "sn",
+        options={**SYNC_OPTION, "unbiased": False},
+        formula=partial(switchable, unbiased=False),
+    ),
     "sync_bn": Setting("sync_bn"),
     "sync_bn without positions": Setting("sync_bn", (CHANNELS,)),
     "sync_bn of tokens": Setting("sync_bn", (4, CHANNELS), channel_dim=-1),
@@ -110,11 +124,16 @@ def run_by_formula(setting: Setting, samples: int) -> tuple[dict[str, list[Tenso
     """Train the formula on all samples at once."""
     norm, running = setting.build(), statistics()
     weight, bias = affine(norm)
+    others = [
+        parameter.detach().clone().requires_grad_()
+        for name, parameter in norm.named_parameters()
+        if name not in ("weight", "bias")
+    ]
 
     def forward(x: Tensor) -> Tensor:
         moved = x.movedim(setting.channel_dim, 1)
-        y = formulas.batch_norm(moved, weight, bias, running, momentum=setting.momentum)
+        y = setting.formula(moved, weight, bias, running, *others, momentum=setting.momentum)
         return y.movedim(1, setting.channel_dim)
 
-    parameters = [weight, bias] if list(norm.parameters()) else []
+    parameters = [weight, bias, *others] if list(norm.parameters()) else []
     return run(forward, parameters, setting, samples, slice(None)), running

@@ -109,6 +109,12 @@ class Source:
 #: Norms that keep running statistics, and evaluate with them.
 TRACKING = ("bn", "sync_bn", "frozen_bn")
 
+#: Norms that keep running statistics, and evaluate with these and with those of the sample.
+MIXTURES = ("sn",)
+
+#: Parameters that a norm has beside weight and bias, and that no other norm takes over.
+OWN = {"sn": ("mean_weight", "var_weight")}
+
 _TORCH = {
     "BatchNorm2d": Source("bn", lambda: nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.2)),
     "BatchNorm2d-plain": Source("bn", lambda: nn.BatchNorm2d(CHANNELS, affine=False)),
@@ -164,8 +170,14 @@ FEW = ("BatchNorm2d", "frozen_bn", "LayerNorm")
 
 
 def matched(source: Source, target: str) -> bool:
-    """Whether a match rewrites weight and bias: statistics pooled otherwise than by channel."""
-    return source.tracks and target not in (*TRACKING, "in", "identity")
+    """Whether a match rewrites weight and bias: statistics pooled otherwise than by channel.
+
+    A mixture starts nearly as a norm that evaluates with running statistics, and a trained one is
+    like no other norm.
+    """
+    if target == "identity" or not source.tracks:
+        return False
+    return source.norm in MIXTURES or target not in (*TRACKING, *MIXTURES, "in")
 
 
 def changing(source: Source, target: str) -> bool:

@@ -54,6 +54,7 @@ DEFAULTS = {
     "bn": BATCH,
     "sync_bn": BATCH,
     "frozen_bn": BATCH,
+    "sn": BATCH,
     "gn": BATCH | GROUP,
     "in": BATCH | GROUP,
     "ln": BATCH | GROUP | LAYER,
