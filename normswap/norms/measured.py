@@ -205,10 +205,10 @@ def furnished(
     module: MeasuredNorm,
     state: NormState,
     *,
-    sync: bool,
-    process_group: Any,
-    eps: float | None,
-    momentum: float | None,
+    sync: bool = False,
+    process_group: Any = None,
+    eps: float | None = None,
+    momentum: float | None = None,
 ) -> MeasuredNorm:
     """Give a new norm the settings that all of them have, from its options and its source."""
     module.eps = state.eps if eps is None else eps
