@@ -67,10 +67,13 @@ class MeasuredNorm(Norm):
             know. Any input (N, C, ...) is taken.
 
     Attributes:
+        plain_statistics: set while a statistics pass measures: whatever the rule divides by, what
+            is kept is the unbiased variance of the batch.
         weight: (C,) or ``None``, as are bias and the running statistics. A module is made with
             none of them; `normswap.build` and `normswap.convert` put them in.
     """
 
+    plain_statistics: bool = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor | None
@@ -122,7 +125,7 @@ class MeasuredNorm(Norm):
         return gain, offset if self.bias is None else offset + self.bias
 
     def over_batch(
-        self, mean: Tensor, var: Tensor, positions: int, *, bessel: bool = True
+        self, mean: Tensor, var: Tensor, positions: int, *, within: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of the batch in training, the running statistics in eval, (C,) each.
 
@@ -132,23 +135,24 @@ class MeasuredNorm(Norm):
 
         Args:
             mean: of every sample's channel, (N, C).
-            var: its variance, likewise.
+            var: its biased variance, likewise.
             positions: how many values each was taken of.
-            bessel: whether what is kept is n/(n - 1) times the variance of n values: yes, but
-                where ``var`` is unbiased already.
+            within: a factor for these variances, where a paper takes unbiased ones: then the
+                running variance follows what is returned. Else it follows n/(n - 1) times the
+                variance of n values, as torch's does.
 
         Raises:
             DegeneratePooling: there is a single value for each channel.
         """
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
-        values = mean.shape[0] * positions
+        values, of_channels = mean.shape[0] * positions, var * within
         total: int | Tensor = values
         if self.sync and self.training and ranks(self.process_group) > 1:
             name = self.site_path or type(self).__name__
             divisor = max(mean.shape[0], 1)
             centre = mean.sum(0) / divisor
-            m2 = (var + (mean - centre).square()).sum(0) * positions
+            m2 = (of_channels + (mean - centre).square()).sum(0) * positions
             centre, spread, total = merged(values, centre, m2, group=self.process_group, name=name)
             centre, spread = centre.to(mean.dtype), spread.to(mean.dtype)
         elif values == 0:
@@ -156,9 +160,11 @@ class MeasuredNorm(Norm):
             return mean.sum(0), var.sum(0)
         else:
             self.refuse_single_value(values, "use a larger batch")
-            centre, spread = (each.squeeze(0) for each in pooled(mean, var, 0))
+            centre, spread = (each.squeeze(0) for each in pooled(mean, of_channels, 0))
         if self.training:
-            self._track(centre, spread * (total / (total - 1)) if bessel else spread)
+            kept = pooled(mean, var, 0)[1].squeeze(0) if self.plain_statistics else spread
+            as_torch = within == 1.0 or self.plain_statistics
+            self._track(centre, kept * (total / (total - 1)) if as_torch else kept)
         return centre, spread
 
     @torch.no_grad()
@@ -205,10 +211,10 @@ def furnished(
     module: MeasuredNorm,
     state: NormState,
     *,
-    sync: bool,
-    process_group: Any,
-    eps: float | None,
-    momentum: float | None,
+    sync: bool = False,
+    process_group: Any = None,
+    eps: float | None = None,
+    momentum: float | None = None,
 ) -> MeasuredNorm:
     """Give a new norm the settings that all of them have, from its options and its source."""
     module.eps = state.eps if eps is None else eps

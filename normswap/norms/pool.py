@@ -28,12 +28,14 @@ class Pool:
         channels: channels in a group; 1 is instance normalization, C is layer normalization.
         centred: whether the mean is subtracted; without it the statistic is the mean square.
         shares: of a mixture, the pools with their weights in its mean and in its variance.
+        unbiased: whether the variance of n values is n/(n - 1) times their mean square.
     """
 
     over: Literal["batch", "group", "position", "running", "mixture", "nothing"]
     channels: int = 1
     centred: bool = True
     shares: tuple[tuple[Pool, float, float], ...] = ()
+    unbiased: bool = False
 
     @property
     def measures(self) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
 from normswap.norms import (
     batch,
+    channel,
     fold,
     frozen,
     group,
@@ -37,6 +38,7 @@ _ENTRIES: dict[str, NormEntry] = {
         instance,
         layer,
         rms,
+        channel,
         switchable,
         identity,
         fold,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import CannotConvert
 from normswap.norms.beside import Beside
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.pool import BATCH, RUNNING, Pool, Rule, per_group
+from normswap.norms.pool import BATCH, RUNNING, Pool, Rule
 from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
@@ -163,8 +163,8 @@ def _fidelity(
 
 def _is_identity(pool: Pool, state: NormState, eps: float) -> bool:
     """Whether matching would change nothing: the channel's own statistics, the same eps."""
-    own = state.rule.eval == RUNNING and (pool == BATCH or pool == per_group(1))
-    return eps == state.eps and own
+    own = pool == BATCH or (pool.over == "group" and pool.channels == 1 and pool.centred)
+    return eps == state.eps and own and state.rule.eval == RUNNING
 
 
 def _share(state: NormState, rule: Rule) -> float:

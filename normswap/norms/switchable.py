@@ -60,11 +60,10 @@ class SwitchableNorm(MeasuredNorm):
 
     def rule(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Mix the statistics of channel, sample and batch."""
-        corrected = self.unbiased and positions > 1
-        if corrected:
-            var = var * (positions / (positions - 1))
+        within = positions / (positions - 1) if self.unbiased and positions > 1 else 1.0
+        of_batch = self.over_batch(mean, var, positions, within=within)
+        var = var * within
         of_sample = pooled(mean, var, 1)
-        of_batch = self.over_batch(mean, var, positions, bessel=not corrected)
         p = self.mean_weight.to(mean.dtype).softmax(0)
         q = self.var_weight.to(mean.dtype).softmax(0)
         return self.standardized(

@@ -113,6 +113,14 @@ def _rms_2d(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor
     return formulas.rms_norm_of_positions(x, weight, bias)
 
 
+def _channel(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
+    return formulas.channel_norm(x, weight, bias)
+
+
+def _channel_biased(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
+    return formulas.channel_norm(x, weight, bias, unbiased=False)
+
+
 def _switchable(**options: Any) -> Formula:
     """With the logits that `fill` gives, which come after weight and bias."""
 
@@ -141,6 +149,8 @@ LAYER = Case("ln", _layer, _layer)
 LAYER_2D = Case("ln2d", _layer_2d, _layer_2d)
 RMS = Case("rms", _rms, _rms)
 RMS_2D = Case("rms2d", _rms_2d, _rms_2d)
+CHANNEL = Case("cn", _channel, _channel)
+BIASED_CHANNEL = Case("cn", _channel_biased, _channel_biased, {"unbiased": False})
 SWITCHABLE = Case("sn", _switchable(), _switchable(training=False), updates=True)
 BIASED_SWITCHABLE = Case(
     "sn",
@@ -150,6 +160,9 @@ BIASED_SWITCHABLE = Case(
     updates=True,
 )
 IDENTITY = Case("identity", _nothing, _nothing)
+
+#: What measures each channel of a sample alone, and so needs more than one position.
+SINGLE = [INSTANCE, TRACKED_INSTANCE, CHANNEL, BIASED_CHANNEL]
 
 CASES = [
     BATCH,
@@ -164,6 +177,8 @@ CASES = [
     LAYER_2D,
     RMS,
     RMS_2D,
+    CHANNEL,
+    BIASED_CHANNEL,
     SWITCHABLE,
     BIASED_SWITCHABLE,
     IDENTITY,

@@ -11,8 +11,7 @@ from tests.norms.cases import (
     CHANNELS,
     FROZEN,
     IDENTITY,
-    INSTANCE,
-    TRACKED_INSTANCE,
+    SINGLE,
     Case,
     affine,
     statistics,
@@ -27,7 +26,7 @@ PAIRS = [
     for case in CASES
     for shape in SHAPES
     # Without positions there is a single value per sample and channel.
-    if not (case in (INSTANCE, TRACKED_INSTANCE) and len(shape) == 2)
+    if not (case in SINGLE and len(shape) == 2)
 ]
 UPDATING = [pair for pair in PAIRS if pair.values[0].updates]
 TRAINABLE = [pair for pair in PAIRS if pair.values[0] not in (FROZEN, IDENTITY)]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from normswap.norms.layer import LayerNorm
 from tests.norms.cases import (
     BATCH,
+    CHANNEL,
     CHANNELS,
     FROZEN,
     GROUP,
@@ -16,6 +17,7 @@ from tests.norms.cases import (
     INSTANCE,
     LAYER_2D,
     RMS_2D,
+    SINGLE,
     SWITCHABLE,
     SYNC,
     SYNC_OPTION,
@@ -38,6 +40,7 @@ CASES = [
     TRACKED_INSTANCE,
     LAYER_2D,
     RMS_2D,
+    CHANNEL,
     SWITCHABLE,
     IDENTITY,
 ]
@@ -45,7 +48,7 @@ PAIRS = [
     pytest.param(case, shape, id=f"{case}-{len(shape)}d")
     for case in CASES
     for shape in TOKENS
-    if not (case in (INSTANCE, TRACKED_INSTANCE) and len(shape) == 2)
+    if not (case in SINGLE and len(shape) == 2)
 ]
 
 

@@ -89,6 +89,16 @@ def instance_norm(
     return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
 
 
+def channel_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *, unbiased: bool = True, eps: float = 1e-5
+) -> Tensor:
+    """Dai and Heckel 2019: over a sample's positions, per channel, with the unbiased variance."""
+    mean, var = _moments(x, _positions(x))
+    positions = x[0, 0].numel()
+    var = var * positions / (positions - 1) if unbiased else var
+    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
 def layer_norm_of_maps(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Ba et al. 2016 on a feature map: over all channels and positions of a sample."""
     mean, var = _moments(x, tuple(range(1, x.ndim)))

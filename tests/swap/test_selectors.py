@@ -55,6 +55,7 @@ DEFAULTS = {
     "sync_bn": BATCH,
     "frozen_bn": BATCH,
     "sn": BATCH,
+    "cn": BATCH,
     "gn": BATCH | GROUP,
     "in": BATCH | GROUP,
     "ln": BATCH | GROUP | LAYER,
