@@ -29,6 +29,7 @@ class Pool:
         centred: whether the mean is subtracted; without it the statistic is the mean square.
         shares: of a mixture, the pools with their weights in its mean and in its variance.
         unbiased: whether the variance of n values is n/(n - 1) times their mean square.
+        samples: of a batch that is taken in parts, how many samples a part has.
     """
 
     over: Literal["batch", "group", "position", "running", "mixture", "nothing"]
@@ -36,6 +37,7 @@ class Pool:
     centred: bool = True
     shares: tuple[tuple[Pool, float, float], ...] = ()
     unbiased: bool = False
+    samples: int | None = None
 
     @property
     def measures(self) -> bool:
@@ -64,7 +66,8 @@ class Pool:
             pools = [pool for pool, _, _ in self.shares if pool.measures]
             pools = [pool for pool in pools if pool.meets] or pools
             return max(pool.values(batch, num_features, length) for pool in pools)
-        sizes = {"batch": batch * length, "group": self.channels * length, "position": num_features}
+        part = batch if self.samples is None else min(batch, self.samples)
+        sizes = {"batch": part * length, "group": self.channels * length, "position": num_features}
         return sizes[self.over]
 
     def expected(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

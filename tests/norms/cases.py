@@ -121,6 +121,10 @@ def _channel_biased(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -
     return formulas.channel_norm(x, weight, bias, unbiased=False)
 
 
+def _ghost(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
+    return formulas.ghost_batch_norm(x, weight, bias, running, 2)
+
+
 def _switchable(**options: Any) -> Formula:
     """With the logits that `fill` gives, which come after weight and bias."""
 
@@ -151,6 +155,7 @@ RMS = Case("rms", _rms, _rms)
 RMS_2D = Case("rms2d", _rms_2d, _rms_2d)
 CHANNEL = Case("cn", _channel, _channel)
 BIASED_CHANNEL = Case("cn", _channel_biased, _channel_biased, {"unbiased": False})
+GHOST = Case("ghost_bn", _ghost, _fixed, {"group_size": 2}, updates=True)
 SWITCHABLE = Case("sn", _switchable(), _switchable(training=False), updates=True)
 BIASED_SWITCHABLE = Case(
     "sn",
@@ -177,6 +182,7 @@ CASES = [
     LAYER_2D,
     RMS,
     RMS_2D,
+    GHOST,
     CHANNEL,
     BIASED_CHANNEL,
     SWITCHABLE,

@@ -54,6 +54,21 @@ def batch_norm(
     return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
 
 
+def ghost_batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running: Running, size: int, *, eps: float = 1e-5
+) -> Tensor:
+    """Hoffer et al. 2017 with parts of ``size`` samples, and statistics averaged over the parts."""
+    parts = [x[first : first + size] for first in range(0, len(x), size)]
+    kept = [Running.fresh(x.shape[1]) for _ in parts]
+    y = [
+        batch_norm(part, weight, bias, own, momentum=1.0, eps=eps)
+        for part, own in zip(parts, kept, strict=True)
+    ]
+    mean = sum(own.mean for own in kept) / len(kept)
+    running.update(mean, sum(own.var for own in kept) / len(kept), 0.1)
+    return torch.cat(y)
+
+
 def fixed_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running: Running, *, eps: float = 1e-5
 ) -> Tensor:

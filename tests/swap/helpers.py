@@ -107,7 +107,7 @@ class Source:
 
 
 #: Norms that keep running statistics, and evaluate with them.
-TRACKING = ("bn", "sync_bn", "frozen_bn")
+TRACKING = ("bn", "sync_bn", "frozen_bn", "ghost_bn")
 
 #: Norms that keep running statistics, and evaluate with these and with those of the sample.
 MIXTURES = ("sn",)

@@ -54,6 +54,7 @@ DEFAULTS = {
     "bn": BATCH,
     "sync_bn": BATCH,
     "frozen_bn": BATCH,
+    "ghost_bn": BATCH,
     "sn": BATCH,
     "cn": BATCH,
     "gn": BATCH | GROUP,

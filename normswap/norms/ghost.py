@@ -1,0 +1,173 @@
+"""Ghost batch normalization: parts of the batch are normalized each by itself.
+
+Hoffer, Hubara and Soudry, "Train longer, generalize better: closing the generalization gap in
+large batch training of neural networks", NIPS 2017, arXiv 1705.08741.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normswap.norms.batch import BATCH_SOURCES
+from normswap.norms.entry import NormEntry, Option
+from normswap.norms.measured import (
+    OPTIONS,
+    MeasuredNorm,
+    described,
+    furnished,
+    pooled,
+    settings,
+)
+from normswap.norms.pool import RUNNING, Pool, Rule
+from normswap.norms.start import Carry, Start, begin
+from normswap.norms.state import NormState
+
+__all__ = ["ENTRIES", "GhostBatchNorm"]
+
+GROUP_SIZE = 32
+
+
+class GhostBatchNorm(MeasuredNorm):
+    """Batch normalization of ceil(N / group_size) consecutive parts of the batch.
+
+    The running statistics follow the mean over the parts of their means and unbiased variances:
+    one step a batch, whatever the number of parts. In eval mode it is batch normalization. A last
+    part that has a single value for each channel joins the one before it.
+
+    Args:
+        num_features: C.
+        group_size: the most samples in a part; all parts have as many, but for the last. Default
+            32.
+        **rest: as for `MeasuredNorm`.
+
+    Raises:
+        DegeneratePooling: at a forward in training on a single value for each channel.
+    """
+
+    def __init__(self, num_features: int, *, group_size: int = GROUP_SIZE, **rest: Any) -> None:
+        super().__init__(num_features, **rest)
+        self.group_size = group_size
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize x (N, C, ...), in eval mode as batch normalization."""
+        if self.training or self.running_mean is None:
+            return super().normalize(x)
+        held = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *held, training=False, eps=self.eps)
+
+    def rule(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        """Standardize each part by its own statistics."""
+        sizes = self.part_sizes(len(mean), positions)
+        if not sizes:
+            return self.standardized(mean, var)
+        parts = zip(torch.split(mean, sizes), torch.split(var, sizes), strict=True)
+        statistics = [tuple(each.squeeze(0) for each in pooled(*part, 0)) for part in parts]
+        if self.training:
+            self._track(*self._to_keep(mean, var, statistics, [n * positions for n in sizes]))
+        centre, spread = (torch.stack(each) for each in zip(*statistics, strict=True))
+        counts = torch.tensor(sizes, device=mean.device)
+        gain, offset = self.standardized(centre, spread)
+        return gain.repeat_interleave(counts, 0), offset.repeat_interleave(counts, 0)
+
+    def part_sizes(self, samples: int, positions: int) -> list[int]:
+        """How many samples each part has."""
+        if samples == 0:
+            return []
+        self.refuse_single_value(samples * positions, "use a larger batch")
+        size = math.ceil(samples / math.ceil(samples / self.group_size))
+        sizes = [min(size, samples - first) for first in range(0, samples, size)]
+        if len(sizes) > 1 and sizes[-1] * positions == 1:
+            sizes[-2:] = [sizes[-2] + sizes[-1]]
+        self.refuse_single_value(min(sizes) * positions, "use a larger group_size")
+        return sizes
+
+    def _to_keep(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        statistics: list[tuple[Tensor, ...]],
+        values: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over the parts of means and unbiased variances; or of the batch, for a pass."""
+        if self.plain_statistics:
+            statistics, values = [pooled(mean, var, 0)], [sum(values)]
+        unbiased = [part[1] * (n / (n - 1)) for part, n in zip(statistics, values, strict=True)]
+        means = torch.stack([part[0] for part in statistics]).mean(0)
+        return means.view(-1), torch.stack(unbiased).mean(0).view(-1)
+
+
+def _rule(group_size: int, *, tracks: bool) -> Rule:
+    pool = Pool("batch", samples=group_size)
+    return Rule(pool, RUNNING if tracks else pool)
+
+
+def start_ghost_batch_norm(
+    state: NormState,
+    *,
+    carry: Carry = "auto",
+    group_size: int = GROUP_SIZE,
+    eps: float | None = None,
+    momentum: float | None = None,
+    affine: bool | None = None,
+) -> Start:
+    """Start a GhostBatchNorm; it evaluates as the BatchNorm did."""
+    running = state.tracks or state.kind != "batch_norm"
+
+    def shell() -> nn.Module:
+        module = GhostBatchNorm(state.num_features, group_size=group_size)
+        return furnished(module, state, eps=eps, momentum=momentum)
+
+    return begin(
+        state,
+        shell,
+        _rule(group_size, tracks=running),
+        carry=carry,
+        eps=eps,
+        affine=affine,
+        running=running,
+    )
+
+
+def read_ghost_batch_norm(module: nn.Module) -> NormState:
+    """Read a GhostBatchNorm."""
+    if not isinstance(module, GhostBatchNorm):
+        raise TypeError(f"expected a GhostBatchNorm, got {type(module).__name__}")
+    shared = settings(module)
+    return NormState(
+        norm="ghost_bn",
+        kind="batch_norm",
+        rule=_rule(module.group_size, tracks=module.running_mean is not None),
+        settings={
+            "group_size": module.group_size,
+            **{name: shared[name] for name in ("eps", "momentum", "affine")},
+        },
+        **described(module),
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+ENTRIES = (
+    NormEntry(
+        name="ghost_bn",
+        aliases=("ghost_batch_norm", "ghostbn"),
+        kind="batch_norm",
+        axis="statistics",
+        pooled="group_size samples × H·W, per channel",
+        paper="Hoffer et al. 2017, arXiv 1705.08741",
+        sources=BATCH_SOURCES,
+        start=start_ghost_batch_norm,
+        reads={GhostBatchNorm: read_ghost_batch_norm},
+        options=(
+            Option("group_size", GROUP_SIZE, "the most samples in a part", "1 or more", _is_size),
+            *(option for option in OPTIONS if option.name in ("eps", "momentum", "affine")),
+        ),
+    ),
+)
