@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from normswap.norms.batch import BATCH_SOURCES
-from normswap.norms.entry import AFFINE, EPS, NormEntry, flag
-from normswap.norms.measured import MeasuredNorm, described, furnished
+from normswap.norms.declared import declared
+from normswap.norms.entry import flag
+from normswap.norms.measured import MeasuredNorm
 from normswap.norms.pool import Pool, Rule
-from normswap.norms.start import Carry, Start, begin
-from normswap.norms.state import NormState
 
 __all__ = ["ENTRIES", "ChannelNorm"]
 
@@ -33,6 +31,9 @@ class ChannelNorm(MeasuredNorm):
         DegeneratePooling: at a forward on maps of one position.
     """
 
+    tracks = False
+    synchronizes = False
+
     def __init__(self, num_features: int, *, unbiased: bool = True, **rest: Any) -> None:
         super().__init__(num_features, **rest)
         self.unbiased = unbiased
@@ -43,56 +44,20 @@ class ChannelNorm(MeasuredNorm):
         correction = positions / (positions - 1) if self.unbiased else 1.0
         return self.standardized(mean, var * correction)
 
-
-def _rule(*, unbiased: bool) -> Rule:
-    return Rule.always(Pool("group", unbiased=unbiased))
-
-
-def start_channel_norm(
-    state: NormState,
-    *,
-    carry: Carry = "auto",
-    eps: float | None = None,
-    affine: bool | None = None,
-    unbiased: bool = True,
-) -> Start:
-    """Start a ChannelNorm; its statistics are expected to be the running ones, so affines fit."""
-
-    def shell() -> nn.Module:
-        module = ChannelNorm(state.num_features, unbiased=unbiased)
-        return furnished(module, state, eps=eps)
-
-    return begin(state, shell, _rule(unbiased=unbiased), carry=carry, eps=eps, affine=affine)
-
-
-def read_channel_norm(module: nn.Module) -> NormState:
-    """Read a ChannelNorm."""
-    if not isinstance(module, ChannelNorm):
-        raise TypeError(f"expected a ChannelNorm, got {type(module).__name__}")
-    return NormState(
-        norm="cn",
-        kind="channel_norm",
-        rule=_rule(unbiased=module.unbiased),
-        settings={
-            "eps": module.eps,
-            "affine": module.weight is not None,
-            "unbiased": module.unbiased,
-        },
-        **described(module),
-    )
+    def pools(self, *, tracks: bool) -> Rule:
+        """Each channel of a sample."""
+        return Rule.always(Pool("group", unbiased=self.unbiased))
 
 
 ENTRIES = (
-    NormEntry(
+    declared(
+        ChannelNorm,
         name="cn",
         aliases=("channel_norm", "channelnorm"),
         kind="channel_norm",
         axis="statistics",
         pooled="H·W, per sample and channel",
         paper="Dai and Heckel 2019, arXiv 1907.09539",
-        sources=BATCH_SOURCES,
-        start=start_channel_norm,
-        reads={ChannelNorm: read_channel_norm},
-        options=(EPS, AFFINE, flag("unbiased", True, "the unbiased variance, as the paper's code")),
+        options=(flag("unbiased", True, "the unbiased variance, as the paper's code"),),
     ),
 )

@@ -11,21 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from normswap.norms.batch import BATCH_SOURCES
-from normswap.norms.entry import NormEntry, Option
-from normswap.norms.measured import (
-    OPTIONS,
-    MeasuredNorm,
-    described,
-    furnished,
-    pooled,
-    settings,
-)
+from normswap.norms.declared import declared
+from normswap.norms.entry import Option
+from normswap.norms.measured import MeasuredNorm, pooled
 from normswap.norms.pool import RUNNING, Pool, Rule
-from normswap.norms.start import Carry, Start, begin
-from normswap.norms.state import NormState
 
 __all__ = ["ENTRIES", "GhostBatchNorm"]
 
@@ -48,6 +39,8 @@ class GhostBatchNorm(MeasuredNorm):
     Raises:
         DegeneratePooling: at a forward in training on a single value for each channel.
     """
+
+    synchronizes = False
 
     def __init__(self, num_features: int, *, group_size: int = GROUP_SIZE, **rest: Any) -> None:
         super().__init__(num_features, **rest)
@@ -100,54 +93,10 @@ class GhostBatchNorm(MeasuredNorm):
         means = torch.stack([part[0] for part in statistics]).mean(0)
         return means.view(-1), torch.stack(unbiased).mean(0).view(-1)
 
-
-def _rule(group_size: int, *, tracks: bool) -> Rule:
-    pool = Pool("batch", samples=group_size)
-    return Rule(pool, RUNNING if tracks else pool)
-
-
-def start_ghost_batch_norm(
-    state: NormState,
-    *,
-    carry: Carry = "auto",
-    group_size: int = GROUP_SIZE,
-    eps: float | None = None,
-    momentum: float | None = None,
-    affine: bool | None = None,
-) -> Start:
-    """Start a GhostBatchNorm; it evaluates as the BatchNorm did."""
-    running = state.tracks or state.kind != "batch_norm"
-
-    def shell() -> nn.Module:
-        module = GhostBatchNorm(state.num_features, group_size=group_size)
-        return furnished(module, state, eps=eps, momentum=momentum)
-
-    return begin(
-        state,
-        shell,
-        _rule(group_size, tracks=running),
-        carry=carry,
-        eps=eps,
-        affine=affine,
-        running=running,
-    )
-
-
-def read_ghost_batch_norm(module: nn.Module) -> NormState:
-    """Read a GhostBatchNorm."""
-    if not isinstance(module, GhostBatchNorm):
-        raise TypeError(f"expected a GhostBatchNorm, got {type(module).__name__}")
-    shared = settings(module)
-    return NormState(
-        norm="ghost_bn",
-        kind="batch_norm",
-        rule=_rule(module.group_size, tracks=module.running_mean is not None),
-        settings={
-            "group_size": module.group_size,
-            **{name: shared[name] for name in ("eps", "momentum", "affine")},
-        },
-        **described(module),
-    )
+    def pools(self, *, tracks: bool) -> Rule:
+        """Parts of the batch."""
+        part = Pool("batch", samples=self.group_size)
+        return Rule(part, RUNNING if tracks else part)
 
 
 def _is_size(value: Any) -> bool:
@@ -155,19 +104,16 @@ def _is_size(value: Any) -> bool:
 
 
 ENTRIES = (
-    NormEntry(
+    declared(
+        GhostBatchNorm,
         name="ghost_bn",
         aliases=("ghost_batch_norm", "ghostbn"),
         kind="batch_norm",
         axis="statistics",
         pooled="group_size samples × H·W, per channel",
         paper="Hoffer et al. 2017, arXiv 1705.08741",
-        sources=BATCH_SOURCES,
-        start=start_ghost_batch_norm,
-        reads={GhostBatchNorm: read_ghost_batch_norm},
         options=(
             Option("group_size", GROUP_SIZE, "the most samples in a part", "1 or more", _is_size),
-            *(option for option in OPTIONS if option.name in ("eps", "momentum", "affine")),
         ),
     ),
 )

@@ -20,26 +20,25 @@ and a half of each
 
 where ``standardized(centre, spread)`` is weight / sqrt(spread + eps) and bias - gain · centre.
 Everything is plain torch, of any shape that expands to (N, C), and autograd goes through it.
-Beside the class a file has a starter, a reader that adds to `described`, and its entry.
+`normswap.norms.declared` makes a norm of the registry of such a class.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.base import Norm, place
-from normswap.norms.entry import AFFINE, EPS, Option, flag, number
+from normswap.norms.base import Norm
 from normswap.norms.moments import normalized
-from normswap.norms.reading import layout, tensors
-from normswap.norms.state import RUNNING_STATISTICS, NormState
+from normswap.norms.pool import Rule
+from normswap.norms.state import RUNNING_STATISTICS
 from normswap.norms.sync import merged, ranks
 
-__all__ = ["OPTIONS", "MeasuredNorm", "described", "furnished", "pooled", "settings"]
+__all__ = ["MeasuredNorm", "pooled"]
 
 
 def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -71,8 +70,14 @@ class MeasuredNorm(Norm):
             is kept is the unbiased variance of the batch.
         weight: (C,) or ``None``, as are bias and the running statistics. A module is made with
             none of them; `normswap.build` and `normswap.convert` put them in.
+        tracks: whether such norms keep running statistics.
+        synchronizes: whether they have ``sync``.
+        counts: what weight and bias are multiplied by until something is learned beside them.
     """
 
+    tracks: ClassVar[bool] = True
+    synchronizes: ClassVar[bool] = True
+    counts: ClassVar[tuple[float, float]] = (1.0, 1.0)
     plain_statistics: bool = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -111,6 +116,18 @@ class MeasuredNorm(Norm):
             positions: how many values each was taken of.
         """
         raise NotImplementedError
+
+    def pools(self, *, tracks: bool) -> Rule:
+        """What it pools over, given what it has learned.
+
+        Args:
+            tracks: whether it has running statistics.
+        """
+        raise NotImplementedError
+
+    def obstacle(self) -> str:
+        """Why what it has learned beside weight and bias has no counterpart in another norm."""
+        return ""
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (N, C, ...)."""
@@ -195,53 +212,3 @@ class MeasuredNorm(Norm):
     def extra_repr(self) -> str:
         """Say size, eps and momentum, as torch's BatchNorm does."""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
-
-
-#: The options that all of them have.
-OPTIONS = (
-    flag("sync", False, "pool the batch over all ranks; DDP takes it on CPU too"),
-    Option("process_group", None, "the ranks that share statistics; None: all"),
-    EPS,
-    number("momentum", "weight of the newest batch; None: the source's", low=0.0, high=1.0),
-    AFFINE,
-)
-
-
-def furnished(
-    module: MeasuredNorm,
-    state: NormState,
-    *,
-    sync: bool = False,
-    process_group: Any = None,
-    eps: float | None = None,
-    momentum: float | None = None,
-) -> MeasuredNorm:
-    """Give a new norm the settings that all of them have, from its options and its source."""
-    module.eps = state.eps if eps is None else eps
-    module.momentum = state.momentum if momentum is None else momentum
-    module.sync, module.process_group, module.dim = sync, process_group, state.dim
-    place(module, state)
-    return module
-
-
-def settings(module: MeasuredNorm) -> dict[str, Any]:
-    """The values of `OPTIONS`, for a reader."""
-    return {
-        "sync": module.sync,
-        "process_group": module.process_group,
-        "eps": module.eps,
-        "momentum": module.momentum,
-        "affine": module.weight is not None,
-    }
-
-
-def described(module: MeasuredNorm) -> dict[str, Any]:
-    """What a reader says of any of them: `NormState`'s fields but name, kind, rule, settings."""
-    return {
-        "num_features": module.num_features,
-        "eps": module.eps,
-        "momentum": module.momentum,
-        "dim": module.dim,
-        **tensors(module),
-        **layout(module),
-    }

@@ -20,6 +20,9 @@ __all__ = ["Carry", "Start", "begin"]
 
 Carry = Literal["auto", "copy", "fresh"]
 
+#: Where weight and bias may have to be rewritten for what is promised.
+_REWRITING = (Fidelity.EXACT, Fidelity.EVAL, Fidelity.NEAR, Fidelity.MATCHED)
+
 #: From which share of the running statistics on a mixture evaluates nearly as they alone do.
 NEAR = 0.999
 
@@ -70,6 +73,7 @@ def begin(
     running: bool = False,
     frozen: bool = False,
     note: str = "",
+    counts: tuple[float, float] = (1.0, 1.0),
     own: tuple[str, ...] = (),
 ) -> Start:
     """Answer for a norm whose output is ``weight · (x - mean) / sqrt(var + eps) + bias``.
@@ -89,13 +93,14 @@ def begin(
         running: whether the target tracks running statistics.
         frozen: whether the target holds its affine fixed.
         note: what the user should know.
+        counts: what the target multiplies weight and bias by, as it starts.
         own: parameters that the target has beside weight and bias, and learns.
 
     Raises:
         CannotConvert: the affine is not per channel, or has to be rewritten and cannot be.
     """
     eps = state.eps if eps is None else eps
-    fidelity = _fidelity(state, rule, carry=carry, eps=eps, affine=affine)
+    fidelity = _fidelity(state, rule, counts, carry=carry, eps=eps, affine=affine)
     if state.obstacle and fidelity is not Fidelity.FRESH:
         remedy = 'convert it with carry="fresh" or leave it out by skip='
         raise CannotConvert(state.obstacle, remedy)
@@ -106,9 +111,14 @@ def begin(
         names = AFFINE_TENSORS
     if carry == "fresh":
         values = partial(_unit, state)
-    elif fidelity is Fidelity.MATCHED and not _is_identity(rule.eval, state, eps):
-        names = AFFINE_TENSORS
-        values = partial(_match, state, rule.eval, eps)
+    elif carry == "auto" and fidelity in _REWRITING:
+        same = fidelity is Fidelity.NEAR or rule.eval == state.rule.eval
+        if not (same or _is_identity(rule.eval, state, eps)):
+            names = AFFINE_TENSORS
+            values = partial(_match, state, rule.eval, eps, counts)
+        elif counts != state.counts:
+            names = names or ("weight",)
+            values = partial(_recount, state, names, counts)
     if state.parametrized and values is not dict:
         raise CannotConvert(
             "its weight is parametrized, so the start cannot rewrite it",
@@ -141,22 +151,32 @@ def _affine_of(state: NormState) -> tuple[str, ...]:
 
 
 def _fidelity(
-    state: NormState, rule: Rule, *, carry: Carry, eps: float, affine: bool | None
+    state: NormState,
+    rule: Rule,
+    counts: tuple[float, float],
+    *,
+    carry: Carry,
+    eps: float,
+    affine: bool | None,
 ) -> Fidelity:
     if carry == "fresh" or (state.affine and affine is False):
         return Fidelity.FRESH
-    if eps == state.eps and rule == state.rule:
-        return Fidelity.EXACT
-    if eps == state.eps and rule.eval == state.rule.eval:
-        return Fidelity.EVAL
+    rewritable = carry == "auto" and affine is not False
+    if eps == state.eps and (counts == state.counts or rewritable):
+        if rule == state.rule:
+            return Fidelity.EXACT
+        if rule.eval == state.rule.eval:
+            return Fidelity.EVAL
     if "nothing" in (rule.eval.over, state.rule.eval.over):
         return Fidelity.FRESH
-    if eps == state.eps and _share(state, rule) >= NEAR:
+    if eps == state.eps and _share(state, rule) >= NEAR and counts == state.counts:
         return Fidelity.NEAR
     known = state.tracks and state.rule.eval.over in ("running", "mixture")
-    matchable = known and (rule.eval.measures or state.rule.eval.over == "mixture")
-    rewritable = affine is not False or _is_identity(rule.eval, state, eps)
-    if carry == "auto" and matchable and rewritable:
+    ours, theirs = rule.eval, state.rule.eval
+    if known and rewritable and eps == state.eps and ours.over == theirs.over == "running":
+        return Fidelity.EVAL
+    matchable = known and (ours.measures or theirs.over == "mixture")
+    if matchable and (rewritable or (carry == "auto" and _is_identity(ours, state, eps))):
         return Fidelity.MATCHED
     return Fidelity.AFFINE
 
@@ -183,7 +203,22 @@ def _unit(state: NormState) -> dict[str, Tensor]:
     return values
 
 
-def _match(state: NormState, pool: Pool, eps: float) -> dict[str, Tensor]:
+def _recount(
+    state: NormState, names: tuple[str, ...], counts: tuple[float, float]
+) -> dict[str, Tensor]:
+    """The same gain and offset where they are multiplied by other factors."""
+    values = {}
+    for name, theirs, ours in zip(AFFINE_TENSORS, state.counts, counts, strict=True):
+        own: Tensor | None = getattr(state, name)
+        if name in names:
+            ones = state.reference().new_ones(state.num_features)
+            values[name] = (ones if own is None else own.detach()) * (theirs / ours)
+    return values
+
+
+def _match(
+    state: NormState, pool: Pool, eps: float, counts: tuple[float, float]
+) -> dict[str, Tensor]:
     """Gain and offset that give the source's eval output on a sample of expected statistics.
 
     With expected mean M and variance V of the pool, and the source's root S = sqrt(var + eps):
@@ -199,9 +234,10 @@ def _match(state: NormState, pool: Pool, eps: float) -> dict[str, Tensor]:
         offset = torch.zeros_like(mean) if state.bias is None else state.bias.to(work)
         expected_mean, expected_var = pool.expected(mean, var)
         mean, var = state.rule.eval.expected(mean, var)
-        slope = gain * (var + state.eps).rsqrt()
+        slope = state.counts[0] * gain * (var + state.eps).rsqrt()
+        offset = state.counts[1] * offset + slope * (expected_mean - mean)
         dtype = state.reference().dtype
         return {
-            "weight": (slope * (expected_var + eps).sqrt()).to(dtype),
-            "bias": (offset + slope * (expected_mean - mean)).to(dtype),
+            "weight": (slope * (expected_var + eps).sqrt() / counts[0]).to(dtype),
+            "bias": (offset / counts[1]).to(dtype),
         }
