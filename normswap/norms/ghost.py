@@ -65,7 +65,10 @@ class GhostBatchNorm(MeasuredNorm):
         centre, spread = (torch.stack(each) for each in zip(*statistics, strict=True))
         counts = torch.tensor(sizes, device=mean.device)
         gain, offset = self.standardized(centre, spread)
-        return gain.repeat_interleave(counts, 0), offset.repeat_interleave(counts, 0)
+        gain, offset = (
+            each.repeat_interleave(counts, 0, output_size=sum(sizes)) for each in (gain, offset)
+        )
+        return gain, offset
 
     def part_sizes(self, samples: int, positions: int) -> list[int]:
         """How many samples each part has."""
