@@ -136,9 +136,12 @@ class MeasuredNorm(Norm):
     def standardized(self, centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
         """Gain and offset of ``weight · (x - centre) / sqrt(spread + eps) + bias``."""
         gain = (spread + self.eps).rsqrt()
+        return self.with_affine(gain, -gain * centre)
+
+    def with_affine(self, gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and offset of ``weight · (gain · x + offset) + bias``."""
         if self.weight is not None:
-            gain = gain * self.weight
-        offset = -gain * centre
+            gain, offset = gain * self.weight, offset * self.weight
         return gain, offset if self.bias is None else offset + self.bias
 
     def over_batch(

@@ -30,6 +30,8 @@ class Pool:
         shares: of a mixture, the pools with their weights in its mean and in its variance.
         unbiased: whether the variance of n values is n/(n - 1) times their mean square.
         samples: of a batch that is taken in parts, how many samples a part has.
+        common: of the batch or the running statistics, whether there is one variance, the mean of
+            the channels'.
     """
 
     over: Literal["batch", "group", "position", "running", "mixture", "nothing"]
@@ -38,6 +40,7 @@ class Pool:
     shares: tuple[tuple[Pool, float, float], ...] = ()
     unbiased: bool = False
     samples: int | None = None
+    common: bool = False
 
     @property
     def measures(self) -> bool:
@@ -88,6 +91,8 @@ class Pool:
                 pooled_mean, pooled_var = pool.expected(mean, var)
                 means, variances = means + of_mean * pooled_mean, variances + of_var * pooled_var
             return means, variances
+        if self.common:
+            return mean, var.mean().expand_as(var)
         if not self.centred:
             square = var + mean.square()
             size = self.channels if self.over == "group" else len(square)

@@ -10,14 +10,19 @@ from torch import nn
 
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
 from normswap.norms import (
+    adaptive,
     batch,
+    batch_instance,
     channel,
+    enhanced,
+    extended,
     fold,
     frozen,
     ghost,
     group,
     identity,
     instance,
+    instance_batch,
     layer,
     rms,
     switchable,
@@ -42,6 +47,11 @@ _ENTRIES: dict[str, NormEntry] = {
         rms,
         channel,
         switchable,
+        extended,
+        batch_instance,
+        instance_batch,
+        adaptive,
+        enhanced,
         identity,
         fold,
     )

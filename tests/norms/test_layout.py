@@ -24,6 +24,7 @@ from tests.norms.cases import (
     TRACKED_INSTANCE,
     Case,
     affine,
+    own,
     start,
     statistics,
 )
@@ -54,7 +55,7 @@ PAIRS = [
 
 def by_hand(case: Case, norm: nn.Module, x: Tensor) -> Tensor:
     """The formula on an input whose axes were moved."""
-    y = case.train(x.movedim(-1, 1).contiguous(), *affine(norm), statistics())
+    y = case.train(x.movedim(-1, 1).contiguous(), *affine(norm), statistics(), **own(norm))
     return y.movedim(1, -1)
 
 

@@ -107,16 +107,21 @@ class Source:
 
 
 #: Norms that keep running statistics, and evaluate with them.
-TRACKING = ("bn", "sync_bn", "frozen_bn", "ghost_bn")
+TRACKING = ("bn", "sync_bn", "frozen_bn", "ghost_bn", "ebn", "bin", "adaptive_bn", "iebn")
 
 #: Norms that keep running statistics, and evaluate with these and with those of the sample.
-MIXTURES = ("sn",)
+MIXTURES = ("sn", "ibn")
 
 #: Norms that measure every channel of a sample alone, so that a match changes nothing.
 SINGLE = ("in", "cn")
 
 #: Parameters that a norm has beside weight and bias, and that no other norm takes over.
-OWN = {"sn": ("mean_weight", "var_weight")}
+OWN = {
+    "sn": ("mean_weight", "var_weight"),
+    "bin": ("gate",),
+    "adaptive_bn": ("input_weight", "norm_weight"),
+    "iebn": ("gate_weight", "gate_bias"),
+}
 
 _TORCH = {
     "BatchNorm2d": Source("bn", lambda: nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.2)),
