@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import tempfile
 from bisect import bisect
+from collections.abc import Callable
 from functools import cached_property
 from typing import IO
 
@@ -12,6 +14,11 @@ import torch
 from torch import UntypedStorage
 
 __all__ = ["Overflow"]
+
+#: After as many bytes the C library is told to return to the system what is free. Left alone, glibc
+#: keeps blocks of up to 32 MB, and aligned ones, as torch's are, it seldom uses again: a process
+#: that put 320 MB into the file grew by 300.
+TRIM_EVERY = 1 << 24
 
 
 class Overflow:
@@ -23,11 +30,20 @@ class Overflow:
     def __init__(self) -> None:
         self._end = 0
         self._free: list[tuple[int, int]] = []
+        self._untrimmed = 0
 
     @cached_property
     def _file(self) -> IO[bytes]:
         # Without a buffer: a write that the disk has no room for fails at once, not later.
         return tempfile.TemporaryFile(buffering=0)
+
+    @cached_property
+    def _trim(self) -> Callable[[int], object]:
+        if sys.platform != "linux":
+            return lambda pad: None
+        # Other C libraries than glibc do not have it, and return memory by themselves.
+        trim: Callable[[int], object] = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
+        return trim
 
     def put(self, storage: UntypedStorage) -> int:
         """Write a storage's bytes and give its memory back.
@@ -46,6 +62,10 @@ class Overflow:
         while rest:
             rest = rest[self._file.write(rest) :]
         storage.resize_(0)
+        self._untrimmed += size
+        if self._untrimmed >= TRIM_EVERY:
+            self._trim(0)
+            self._untrimmed = 0
         return offset
 
     def take(self, storage: UntypedStorage, offset: int, size: int) -> None:
