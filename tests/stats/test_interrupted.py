@@ -113,6 +113,13 @@ def test_a_model_that_stops(
         normswap.warmup(model, data(), **METHODS[name])
 
 
+def test_a_model_that_fails_on_some_batch_is_not_said_to_be_disturbed() -> None:
+    """A trial of two batches side by side fails, too, but the second does so alone."""
+    model = mixed().insert(PLACES["late"], At(MIDDLE, error))
+    with pytest.raises(LookupError):
+        normswap.warmup(model, iter(data()), method="population")
+
+
 @each_method
 @each_stop
 def test_a_model_that_stops_when_all_is_measured(
