@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -79,13 +79,12 @@ class Probe(ABC):
         for name, own in self._parameters.items():
             if own is not None and own.dtype in (torch.float16, torch.bfloat16):
                 module._parameters[name] = nn.Parameter(own.detach().float(), requires_grad=False)
-        self._set = self.attributes()
-        self._shadowed = {k: vars(module)[k] for k in self._set if k in vars(module)}
-        vars(module).update(self._set)
-        self._handles = [
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
-            module.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        wanted = self.attributes()
+        self._shadowed = {k: vars(module)[k] for k in wanted if k in vars(module)}
+        self._set = wanted  # only now, lest an interrupt leave `detach` without what it puts back
+        vars(module).update(wanted)
+        self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
 
     def detach(self) -> None:
         """Leave the norm as it was."""
@@ -112,13 +111,11 @@ def probing(probes: Sequence[Probe]) -> Iterator[None]:
     On leaving, also by an exception, each norm has its own buffers, parameters and attributes
     again, untouched.
     """
-    try:
+    with ExitStack() as leaving:  # which detaches all the others where one is interrupted
         for probe in probes:
+            leaving.callback(probe.detach)
             probe.attach()
         yield
-    finally:
-        for probe in probes:
-            probe.detach()
 
 
 def _input(args: Any, kwargs: Any) -> Tensor:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from torch import UntypedStorage
+
 from normswap.stats.heap import Heap
 from normswap.stats.overflow import Overflow
 from normswap.stats.watch import Watch
@@ -60,10 +62,12 @@ class Shelf:
         self._overflow = Overflow()
         self._heap = Heap(budget)
         self._away: dict[int, _Away] = {}
+        #: what those who work have read of those who wait
+        self._lent: dict[int, _Away] = {}
 
     def holder(self) -> Holder:
         """Somebody new."""
-        return Holder(Watch(self._away, self._fetch))
+        return Holder(Watch(self._away, self._lend))
 
     @contextmanager
     def working(self, holder: Holder) -> Iterator[None]:
@@ -81,36 +85,52 @@ class Shelf:
         """Have all that is still wanted in memory, and be empty."""
         for key in list(self._away):
             self._fetch(key)
+        self._lent.clear()
         self.resting = 0
         self._overflow.close()
 
     def _rest(self, holder: Holder) -> None:
-        """Put aside what somebody made, as far as there is no room for it in memory."""
+        """Put aside what somebody made or has read, as far as there is no room for it in memory."""
+        while self._lent:
+            key, lent = self._lent.popitem()
+            self._keep(lent.holder, -lent.size)
+            storage = lent.holder.watch.storage(key)
+            if storage is not None:
+                self._put(lent.holder, key, storage)
         seen = 0
         for key, storage in holder.watch.storages():
-            size = storage.nbytes()
-            seen += size
-            if self.resting + size > self.budget and size and storage.resizable():
-                self._away[key] = _Away(holder, self._overflow.put(storage), size)
-                self.spilled += size
-            else:
-                self._keep(holder, size)
+            seen += storage.nbytes()
+            self._put(holder, key, storage)
         self.most = max(self.most, self.resting)
         self._heap.look(seen)
+
+    def _put(self, holder: Holder, key: int, storage: UntypedStorage) -> None:
+        size = storage.nbytes()
+        if self.resting + size > self.budget and size and storage.resizable():
+            self._away[key] = _Away(holder, self._overflow.put(storage), size)
+            self.spilled += size
+        else:
+            self._keep(holder, size)
 
     def _keep(self, holder: Holder, size: int) -> None:
         holder.resting += size
         self.resting += size
 
+    def _lend(self, key: int) -> None:
+        """Bring a storage back into memory for somebody who is about to read it."""
+        self._lent[key] = self._away[key]
+        self._fetch(key)
+
     def _fetch(self, key: int) -> None:
         """Bring a storage's bytes back into memory, if there is a tensor in it still."""
-        away = self._away.pop(key)
+        away = self._away[key]
         storage = away.holder.watch.storage(key)
         if storage is None:
             self._overflow.drop(away.offset, away.size)
         else:
             self._overflow.take(storage, away.offset, away.size)
             self._keep(away.holder, away.size)
+        del self._away[key]
 
 
 def _within(watch: Watch, run: Callable[[], object]) -> object:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.errors import StatisticsError
 from normswap.stats import population
+from normswap.stats.probe import Probe
 from normswap.stats.shelf import Shelf
 from normswap.stats.strand import Strand, stop
 from tests.reference.footprint import footprint, random_states
@@ -112,6 +113,13 @@ def test_a_model_that_stops(
         normswap.warmup(model, data(), **METHODS[name])
 
 
+def test_a_model_that_fails_on_some_batch_is_not_said_to_be_disturbed() -> None:
+    """A trial of two batches side by side fails, too, but the second does so alone."""
+    model = mixed().insert(PLACES["late"], At(MIDDLE, error))
+    with pytest.raises(LookupError):
+        normswap.warmup(model, iter(data()), method="population")
+
+
 @each_method
 @each_stop
 def test_a_model_that_stops_when_all_is_measured(
@@ -165,3 +173,41 @@ def test_what_was_put_aside_is_back_for_whoever_still_has_it(
     assert shelves[0].spilled > sum(output.nbytes for output in expected)
     for output in expected:
         assert any(torch.equal(output, each) for each in kept)
+
+
+@each_method
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_an_interrupt_while_norms_are_made_ready(
+    monkeypatch: pytest.MonkeyPatch, name: str, hook: str, norm: int
+) -> None:
+    model, register, calls = model_for(name), getattr(nn.Module, hook), []
+
+    def interrupted(self: nn.Module, *args: Any, **options: Any) -> Any:
+        calls.append(self)
+        if len(calls) == norm:
+            raise KeyboardInterrupt
+        return register(self, *args, **options)
+
+    monkeypatch.setattr(nn.Module, hook, interrupted)
+    with leaving_nothing(model, monkeypatch), pytest.raises(KeyboardInterrupt):
+        normswap.warmup(model, data(), **METHODS[name])
+
+
+@each_method
+def test_an_interrupt_while_norms_are_left_leaves_none_but_that_one(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whichever is interrupted, the others are detached."""
+    model, detach, left = model_for(name), Probe.detach, []
+
+    def interrupted(self: Probe) -> None:
+        left.append(self.site.path)
+        detach(self)
+        if len(left) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Probe, "detach", interrupted)
+    with leaving_nothing(model, monkeypatch), pytest.raises(KeyboardInterrupt):
+        normswap.warmup(model, data(), **METHODS[name])
+    assert sorted(set(left)) == ["1", "5"]
