@@ -60,7 +60,7 @@ ENTRIES = (
     declared(
         InstanceEnhancementBatchNorm,
         name="iebn",
-        aliases=("instance_enhancement_batch_norm",),
+        aliases=("instance_enhancement",),
         kind="batch_norm",
         axis="affine",
         pooled="N × H·W per channel; the gain by H·W per sample and channel",
