@@ -99,11 +99,11 @@ class _Declared:
 
     def _shell(self, state: NormState, own: dict[str, Any], settings: dict[str, Any]) -> nn.Module:
         module = self.cls(state.num_features, **own).to(state.reference())
-        for name, value in settings.items():
-            if name in ("eps", "momentum"):
-                setattr(module, name, getattr(state, name) if value is None else value)
-            elif name in ("sync", "process_group"):
-                setattr(module, name, value)
+        for name in ("eps", "momentum"):
+            value = settings.get(name)
+            setattr(module, name, getattr(state, name) if value is None else value)
+        if self.cls.synchronizes:
+            module.sync, module.process_group = settings["sync"], settings["process_group"]
         module.dim = state.dim
         return place(module, state)
 

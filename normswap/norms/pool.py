@@ -52,6 +52,14 @@ class Pool:
         """Whether samples of a batch change each other's outputs."""
         return self.over == "batch" or any(pool.meets for pool, _, _ in self.shares)
 
+    @property
+    def by_channel(self) -> bool:
+        """Whether it expects of a channel what the running statistics tell of it."""
+        if self.over == "mixture":
+            return all(pool.by_channel for pool, _, _ in self.shares)
+        alone = self.over in ("batch", "running") or (self.over == "group" and self.channels == 1)
+        return alone and self.centred and not self.common
+
     def share(self, other: Pool) -> float:
         """How much of the statistics another pool gives, 0 to 1: the less of mean and variance."""
         if self == other:

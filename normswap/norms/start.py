@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import CannotConvert
 from normswap.norms.beside import Beside
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.pool import BATCH, RUNNING, Pool, Rule
+from normswap.norms.pool import RUNNING, Pool, Rule
 from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
@@ -117,7 +117,7 @@ def begin(
             names = AFFINE_TENSORS
             values = partial(_match, state, rule.eval, eps, counts)
         elif counts != state.counts:
-            names = names or ("weight",)
+            names = AFFINE_TENSORS
             values = partial(_recount, state, names, counts)
     if state.parametrized and values is not dict:
         raise CannotConvert(
@@ -162,14 +162,15 @@ def _fidelity(
     if carry == "fresh" or (state.affine and affine is False):
         return Fidelity.FRESH
     rewritable = carry == "auto" and affine is not False
-    if eps == state.eps and (counts == state.counts or rewritable):
+    same = counts == state.counts or rewritable
+    if eps == state.eps and same:
         if rule == state.rule:
             return Fidelity.EXACT
         if rule.eval == state.rule.eval:
             return Fidelity.EVAL
     if "nothing" in (rule.eval.over, state.rule.eval.over):
         return Fidelity.FRESH
-    if eps == state.eps and _share(state, rule) >= NEAR and counts == state.counts:
+    if eps == state.eps and _share(state, rule) >= NEAR and same:
         return Fidelity.NEAR
     known = state.tracks and state.rule.eval.over in ("running", "mixture")
     ours, theirs = rule.eval, state.rule.eval
@@ -183,8 +184,7 @@ def _fidelity(
 
 def _is_identity(pool: Pool, state: NormState, eps: float) -> bool:
     """Whether matching would change nothing: the channel's own statistics, the same eps."""
-    own = pool == BATCH or (pool.over == "group" and pool.channels == 1 and pool.centred)
-    return eps == state.eps and own and state.rule.eval == RUNNING
+    return eps == state.eps and pool.by_channel and state.rule.eval.by_channel
 
 
 def _share(state: NormState, rule: Rule) -> float:
@@ -211,8 +211,8 @@ def _recount(
     for name, theirs, ours in zip(AFFINE_TENSORS, state.counts, counts, strict=True):
         own: Tensor | None = getattr(state, name)
         if name in names:
-            ones = state.reference().new_ones(state.num_features)
-            values[name] = (ones if own is None else own.detach()) * (theirs / ours)
+            unit = state.reference().new_full((state.num_features,), float(name == "weight"))
+            values[name] = (unit if own is None else own.detach()) * (theirs / ours)
     return values
 
 
