@@ -114,7 +114,7 @@ def test_one_pass_is_enough() -> None:
 def test_forwards_that_disturb_each_other_take_a_loader_that_can_be_read_again() -> None:
     model = fill(Caching().double())
     before = [tensor.clone() for tensor in model.state_dict().values()]
-    with pytest.raises(StatisticsError, match=r"disturb each other.*read only once"):
+    with pytest.raises(StatisticsError, match=r"disturb each other.*there only once"):
         normswap.warmup(model, iter(cut(images(16), [8, 8])), method="population")
     assert all(map(torch.equal, before, model.state_dict().values()))
 
