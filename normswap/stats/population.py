@@ -106,7 +106,7 @@ class _Pass:
         self._rounding = rounding(dtypes, amp=bool(feed.amp))
         self._trial = Trial(self._apart, self._rounding) if side_by_side else None
         self._witness: Any = None
-        self._shelf = Shelf(memory)
+        self._shelf = Shelf(memory, model)
         self._meetings = Meetings(sites, bookmark, group)
         self._lockstep = Lockstep(
             self._shelf,
