@@ -11,6 +11,7 @@ from torch import nn
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
 from normswap.norms import (
     batch,
+    dynamic,
     fold,
     frozen,
     group,
@@ -38,6 +39,7 @@ _ENTRIES: dict[str, NormEntry] = {
         layer,
         rms,
         switchable,
+        dynamic,
         identity,
         fold,
     )

@@ -154,7 +154,8 @@ def _fidelity(
     if eps == state.eps and _share(state, rule) >= NEAR:
         return Fidelity.NEAR
     known = state.tracks and state.rule.eval.over in ("running", "mixture")
-    matchable = known and (rule.eval.measures or state.rule.eval.over == "mixture")
+    expects = rule.eval.measures or rule.eval.over == "curve"
+    matchable = known and (expects or state.rule.eval.over == "mixture")
     rewritable = affine is not False or _is_identity(rule.eval, state, eps)
     if carry == "auto" and matchable and rewritable:
         return Fidelity.MATCHED
@@ -199,9 +200,9 @@ def _match(state: NormState, pool: Pool, eps: float) -> dict[str, Tensor]:
         offset = torch.zeros_like(mean) if state.bias is None else state.bias.to(work)
         expected_mean, expected_var = pool.expected(mean, var)
         mean, var = state.rule.eval.expected(mean, var)
-        slope = gain * (var + state.eps).rsqrt()
+        slope = gain / state.rule.eval.divisor(var, state.eps)
         dtype = state.reference().dtype
         return {
-            "weight": (slope * (expected_var + eps).sqrt()).to(dtype),
+            "weight": (slope * pool.divisor(expected_var, eps)).to(dtype),
             "bias": (offset + slope * (expected_mean - mean)).to(dtype),
         }

@@ -14,6 +14,7 @@ import normswap
 from normswap.errors import CannotConvert, NormSwapError, OptionError, UnknownNorm
 
 NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d", "identity"]
+NAMES += ["dyt", "derf"]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,8 @@ NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d",
         ("instance_norm", "in"),
         ("layer_norm", "ln"),
         ("rms_norm", "rms"),
+        ("dynamic_tanh", "dyt"),
+        ("dynamic_erf", "derf"),
     ],
 )
 def test_the_long_name_means_the_same(alias: str, name: str) -> None:

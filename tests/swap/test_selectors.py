@@ -61,11 +61,13 @@ DEFAULTS = {
     "ln2d": BATCH | GROUP | LAYER,
     "rms": LAYER,
     "rms2d": BATCH | GROUP | LAYER,
+    "dyt": LAYER,
+    "derf": LAYER,
     "identity": BATCH | GROUP | LAYER,
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sorted({*TARGETS, *DEFAULTS}))
 def test_the_default_sources_of_a_target(target: str) -> None:
     assert chosen(target) == DEFAULTS[target]
 

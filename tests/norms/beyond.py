@@ -1,0 +1,78 @@
+"""Norms that are no arithmetic on each channel's mean and variance, with their formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import normswap
+from normswap.norms.furnish import furnish
+from normswap.norms.state import fresh_state
+from tests.reference import beyond
+from tests.reference.beyond import Tensors
+from tests.reference.data import fill, values
+
+CHANNELS = 6
+SHAPES = [(4, CHANNELS), (4, CHANNELS, 5), (4, CHANNELS, 3, 4), (4, CHANNELS, 2, 3, 2)]
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """A norm with its options, its formula and the shapes of inputs that it takes."""
+
+    norm: str
+    formula: Callable[[Tensor, Tensors, Tensors, bool], Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], ...] = tuple(SHAPES)
+    autograd: bool = True
+
+    def build(self, dim: int = 2) -> nn.Module:
+        """The norm in double precision, every number in it different."""
+        return set_buffers(fill(normswap.build(self.norm, CHANNELS, dim=dim, **self.options)))
+
+    def on_tokens(self) -> nn.Module:
+        """The same as a conversion makes it for a layer whose channels come last."""
+        state = replace(fresh_state(CHANNELS, dim=1), channel_dim=-1)
+        start = normswap.spec(self.norm, **self.options).start(state)
+        return set_buffers(fill(furnish(state, start).module))
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.norm}({options})"
+
+
+def set_buffers(module: nn.Module) -> nn.Module:
+    """Give what a norm keeps values that are all different, and that it may have."""
+    for index, (name, buffer) in enumerate(module.named_buffers()):
+        if not buffer.is_floating_point():
+            continue
+        new = values(*buffer.shape, seed=7 + index)
+        if "mean" not in name:
+            new = new.abs() + 0.3
+        buffer.copy_(new)
+    return module
+
+
+def parameters_of(module: nn.Module) -> Tensors:
+    """Copies of the parameters, which take gradients."""
+    return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+
+
+def buffers_of(module: nn.Module) -> Tensors:
+    """Copies of the buffers."""
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+
+def equal(one: Tensors, other: Tensors) -> bool:
+    """Whether the same tensors hold the same values, to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+BEYOND = [
+    Beyond("dyt", beyond.dynamic_tanh),
+    Beyond("derf", beyond.dynamic_erf),
+]

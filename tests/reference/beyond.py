@@ -1,0 +1,38 @@
+"""Formulas of norms that are no arithmetic on each channel's mean and variance.
+
+Plain float64 arithmetic: ``formula(x, parameters, buffers, training) -> y`` for inputs (N, C, ...)
+and tensors by name; it puts new tensors into ``buffers`` where the norm updates its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+def dynamic_tanh(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+    """Zhu et al. 2025: tanh by exponentials."""
+    grown, shrunk = (parameters["alpha"] * x).exp(), (-parameters["alpha"] * x).exp()
+    return scaled((grown - shrunk) / (grown + shrunk), parameters)
+
+
+def dynamic_erf(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+    """Chen et al. 2025: erf by the normal distribution function."""
+    inside = parameters["alpha"] * x + parameters["shift"]
+    return scaled(2 * torch.special.ndtr(inside * math.sqrt(2)) - 1, parameters)
+
+
+def scaled(z: Tensor, parameters: Tensors) -> Tensor:
+    """weight · z + bias, where there are such."""
+    if "weight" in parameters:
+        z = z * along(parameters["weight"], z)
+    return z + along(parameters["bias"], z) if "bias" in parameters else z
+
+
+def along(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) beside (N, C, ...)."""
+    return values.reshape(1, -1, *[1] * (x.ndim - 2))
