@@ -19,6 +19,7 @@ from normswap.norms import (
     instance,
     layer,
     rms,
+    scale,
     switchable,
     sync_batch,
 )
@@ -40,6 +41,7 @@ _ENTRIES: dict[str, NormEntry] = {
         rms,
         switchable,
         dynamic,
+        scale,
         identity,
         fold,
     )

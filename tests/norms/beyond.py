@@ -75,4 +75,6 @@ def equal(one: Tensors, other: Tensors) -> bool:
 BEYOND = [
     Beyond("dyt", beyond.dynamic_tanh),
     Beyond("derf", beyond.dynamic_erf),
+    Beyond("scale_norm", beyond.scale_norm),
+    Beyond("scale_norm", beyond.scale_norm, {"affine": True}),
 ]

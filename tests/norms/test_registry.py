@@ -14,7 +14,7 @@ import normswap
 from normswap.errors import CannotConvert, NormSwapError, OptionError, UnknownNorm
 
 NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d", "identity"]
-NAMES += ["dyt", "derf"]
+NAMES += ["dyt", "derf", "scale_norm"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,12 @@ def dynamic_erf(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool
     return scaled(2 * torch.special.ndtr(inside * math.sqrt(2)) - 1, parameters)
 
 
+def scale_norm(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+    """Nguyen and Salazar 2019: unit vectors, times a length."""
+    length = (x * x).sum(1, keepdim=True) ** 0.5
+    return scaled(parameters["scale"] * x / torch.where(length > 1e-5, length, 1e-5), parameters)
+
+
 def scaled(z: Tensor, parameters: Tensors) -> Tensor:
     """weight · z + bias, where there are such."""
     if "weight" in parameters:

@@ -63,6 +63,7 @@ DEFAULTS = {
     "rms2d": BATCH | GROUP | LAYER,
     "dyt": LAYER,
     "derf": LAYER,
+    "scale_norm": LAYER,
     "identity": BATCH | GROUP | LAYER,
 }
 
