@@ -39,6 +39,7 @@ class Start:
         note: what the user should know, for the plan and the report.
         fresh: whether the running statistics begin anew although the source has some.
         pool: what is pooled when the norm measures its input.
+        kept: values of running statistics that the shell keeps in terms of its own, by name.
         beside: what has to be rewritten in a neighbouring layer.
     """
 
@@ -51,6 +52,7 @@ class Start:
     note: str = ""
     fresh: bool = False
     pool: Pool | None = None
+    kept: Callable[[], Mapping[str, Tensor]] = dict
     beside: Beside | None = None
 
     @property
@@ -71,6 +73,7 @@ def begin(
     frozen: bool = False,
     note: str = "",
     own: tuple[str, ...] = (),
+    kept: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Start:
     """Answer for a norm whose output is ``weight · (x - mean) / sqrt(var + eps) + bias``.
 
@@ -90,6 +93,8 @@ def begin(
         frozen: whether the target holds its affine fixed.
         note: what the user should know.
         own: parameters that the target has beside weight and bias, and learns.
+        kept: gives the source's running statistics in the terms in which the target keeps them,
+            where those are not the shared ones.
 
     Raises:
         CannotConvert: the affine is not per channel, or has to be rewritten and cannot be.
@@ -120,6 +125,9 @@ def begin(
         notes.append(f"all but {rest:.1g} of its statistics are the running ones")
     if running and state.kind and (carry == "fresh" or not state.tracks):
         notes.append("running statistics begin at 0 and 1: run normswap.warmup")
+    known = state.tracks and carry != "fresh"
+    if kept is not None and state.kind and not known:
+        notes.append("running statistics begin anew: train before evaluating")
     gained = [*(name for name in names if getattr(state, name) is None), *own]
     if state.kind and gained:
         notes.append(f"gains {', '.join(gained)}, which no optimizer knows yet")
@@ -133,6 +141,7 @@ def begin(
         note="; ".join(notes),
         fresh=carry == "fresh",
         pool=rule.train if rule.train.measures else None,
+        kept=kept if kept is not None and known else dict,
     )
 
 

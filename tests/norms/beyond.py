@@ -77,4 +77,5 @@ BEYOND = [
     Beyond("derf", beyond.dynamic_erf),
     Beyond("scale_norm", beyond.scale_norm),
     Beyond("scale_norm", beyond.scale_norm, {"affine": True}),
+    Beyond("l1_bn", beyond.l1_batch_norm),
 ]

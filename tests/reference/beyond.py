@@ -32,6 +32,27 @@ def scale_norm(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool)
     return scaled(parameters["scale"] * x / torch.where(length > 1e-5, length, 1e-5), parameters)
 
 
+def l1_batch_norm(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+    """Wu et al. 2018, keeping the scale itself."""
+    if training:
+        rows = x.movedim(1, 0).reshape(x.shape[1], -1)
+        values = rows.shape[1]
+        mean = rows.sum(1) / values
+        away = rows - mean[:, None]
+        scale = math.sqrt(math.pi / 2) * torch.where(away > 0, away, -away).sum(1) / values
+        follow(buffers, running_mean=mean, running_scale=scale)
+    else:
+        mean, scale = buffers["running_mean"], buffers["running_scale"]
+    return scaled((x - along(mean, x)) / along(scale + 1e-5, x), parameters)
+
+
+def follow(buffers: Tensors, momentum: float = 0.1, **measured: Tensor) -> None:
+    """Move what is kept towards what was measured, and count."""
+    for name, new in measured.items():
+        buffers[name] = (1 - momentum) * buffers[name] + momentum * new.detach()
+    buffers["num_batches_tracked"] = buffers["num_batches_tracked"] + 1
+
+
 def scaled(z: Tensor, parameters: Tensors) -> Tensor:
     """weight · z + bias, where there are such."""
     if "weight" in parameters:

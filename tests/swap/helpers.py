@@ -112,6 +112,9 @@ TRACKING = ("bn", "sync_bn", "frozen_bn")
 #: Norms that keep running statistics, and evaluate with these and with those of the sample.
 MIXTURES = ("sn",)
 
+#: Norms that evaluate with running statistics and keep them in terms of their own: what they keep.
+RETOLD = {"l1_bn": ("running_mean", "num_batches_tracked", "running_scale")}
+
 #: Parameters that a norm has beside weight and bias, and that no other norm takes over.
 OWN = {"sn": ("mean_weight", "var_weight")}
 
@@ -177,7 +180,7 @@ def matched(source: Source, target: str) -> bool:
     """
     if target == "identity" or not source.tracks:
         return False
-    return source.norm in MIXTURES or target not in (*TRACKING, *MIXTURES, "in")
+    return source.norm in MIXTURES or target not in (*TRACKING, *RETOLD, *MIXTURES, "in")
 
 
 def changing(source: Source, target: str) -> bool:

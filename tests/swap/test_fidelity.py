@@ -15,6 +15,7 @@ from tests.swap.helpers import (
     CHANNELS,
     MIXTURES,
     OWN,
+    RETOLD,
     SOURCES,
     TRACKING,
     Source,
@@ -174,8 +175,8 @@ def lesser(source: Source, target: str) -> str:
         return "fresh"
     if not source.tracks:
         return "affine"
-    if source.norm not in MIXTURES and target in (*TRACKING, *MIXTURES):
-        return "affine" if target in TRACKING else "near"
+    if source.norm not in MIXTURES and target in (*TRACKING, *RETOLD, *MIXTURES):
+        return "near" if target in MIXTURES else "affine"
     return "matched"
 
 
@@ -213,6 +214,7 @@ def test_carry_fresh_begins_anew(source: Source, target: str) -> None:
     assert promised(model, target, carry="fresh") == "fresh"
     swap(model, target, carry="fresh")
     start = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+    start |= {"running_scale": 1}
     for norm in (model.norm1, model.norm2):
         for name, tensor in norm.state_dict().items():
             if name in OWN.get(target, ()):

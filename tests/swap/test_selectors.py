@@ -55,6 +55,7 @@ DEFAULTS = {
     "sync_bn": BATCH,
     "frozen_bn": BATCH,
     "sn": BATCH,
+    "l1_bn": BATCH,
     "gn": BATCH | GROUP,
     "in": BATCH | GROUP,
     "ln": BATCH | GROUP | LAYER,
