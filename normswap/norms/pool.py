@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["BATCH", "NOTHING", "POSITION", "RUNNING", "Curve", "Pool", "Rule", "per_group"]
 
 #: See `Pool`.
-Over = Literal["batch", "group", "position", "running", "mixture", "nothing", "curve"]
+Over = Literal["batch", "group", "position", "running", "mixture", "nothing", "curve", "whitening"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Pool:
             ``"running"``: nothing is pooled, the running statistics are used. ``"mixture"``:
             the statistics are a mean of those of ``shares``. ``"nothing"``: the input is not
             standardized at all. ``"curve"``: a fixed function of each value, see `Curve`.
+            ``"whitening"``: what was kept of covariances is used.
         channels: channels in a group; 1 is instance normalization, C is layer normalization.
         centred: whether the mean is subtracted; without it the statistic is the mean square.
         shares: of a mixture, the pools with their weights in its mean and in its variance.

@@ -23,6 +23,7 @@ from normswap.norms import (
     scale,
     switchable,
     sync_batch,
+    whitening,
 )
 from normswap.norms.entry import NormEntry, Option, Reader, Starter
 from normswap.norms.functional import FunctionalNorm, read_functional
@@ -37,6 +38,7 @@ _ENTRIES: dict[str, NormEntry] = {
         sync_batch,
         frozen,
         mean_deviation,
+        whitening,
         group,
         instance,
         layer,
@@ -167,7 +169,7 @@ class NormList(Listing[NormEntry]):
         "aliases",
         "axis",
         "pooled over",
-        "converts by default",
+        "converts",
         "inputs",
         "options",
         "paper",

@@ -78,4 +78,7 @@ BEYOND = [
     Beyond("scale_norm", beyond.scale_norm),
     Beyond("scale_norm", beyond.scale_norm, {"affine": True}),
     Beyond("l1_bn", beyond.l1_batch_norm),
+    Beyond("iter_norm", beyond.iterative_norm(1)),
+    Beyond("iter_norm", beyond.iterative_norm(2), {"num_groups": 2}),
+    Beyond("iter_norm", beyond.iterative_norm(3, 2), {"channels_per_group": 2, "iterations": 2}),
 ]

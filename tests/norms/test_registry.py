@@ -14,7 +14,7 @@ import normswap
 from normswap.errors import CannotConvert, NormSwapError, OptionError, UnknownNorm
 
 NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d", "identity"]
-NAMES += ["dyt", "derf", "scale_norm", "l1_bn"]
+NAMES += ["dyt", "derf", "scale_norm", "l1_bn", "iter_norm"]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ NAMES += ["dyt", "derf", "scale_norm", "l1_bn"]
         ("dynamic_tanh", "dyt"),
         ("dynamic_erf", "derf"),
         ("l1_batch_norm", "l1_bn"),
+        ("iterative_normalization", "iter_norm"),
     ],
 )
 def test_the_long_name_means_the_same(alias: str, name: str) -> None:

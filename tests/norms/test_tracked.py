@@ -13,7 +13,7 @@ from normswap.errors import DegeneratePooling
 from tests.norms.beyond import CHANNELS, buffers_of, equal
 from tests.reference.data import close, fill, values
 
-TRACKED = ["l1_bn"]
+TRACKED = ["l1_bn", "iter_norm"]
 each_norm = pytest.mark.parametrize("norm", TRACKED)
 
 

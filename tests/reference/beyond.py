@@ -7,11 +7,13 @@ and tensors by name; it puts new tensors into ``buffers`` where the norm updates
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+Formula = Callable[[Tensor, Tensors, Tensors, bool], Tensor]
 
 
 def dynamic_tanh(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
@@ -44,6 +46,39 @@ def l1_batch_norm(x: Tensor, parameters: Tensors, buffers: Tensors, training: bo
     else:
         mean, scale = buffers["running_mean"], buffers["running_scale"]
     return scaled((x - along(mean, x)) / along(scale + 1e-5, x), parameters)
+
+
+def iterative_norm(groups: int, iterations: int = 5) -> Formula:
+    """Huang et al. 2019, group by group, with a mean of the whitening matrices for eval."""
+
+    def formula(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+        rows = x.movedim(1, 0).reshape(x.shape[1], -1)
+        parts, means, matrices = [], [], []
+        channels = x.shape[1] // groups
+        for group in range(groups):
+            part = rows[group * channels : (group + 1) * channels]
+            if training:
+                mean = part.sum(1) / part.shape[1]
+                away = part - mean[:, None]
+                covariance = away @ away.T / part.shape[1] + 1e-5 * torch.eye(channels).to(x)
+                scale = covariance.trace()
+                matrix = torch.eye(channels).to(x)
+                for _ in range(iterations):
+                    power = torch.linalg.matrix_power(matrix, 3)
+                    matrix = 1.5 * matrix - 0.5 * power @ (covariance / scale)
+                matrix = matrix / scale**0.5
+            else:
+                mean = buffers["running_mean"][group * channels : (group + 1) * channels]
+                matrix = buffers["running_wm"][group]
+            means.append(mean)
+            matrices.append(matrix)
+            parts.append(matrix @ (part - mean[:, None]))
+        if training:
+            follow(buffers, running_mean=torch.cat(means), running_wm=torch.stack(matrices))
+        white = torch.cat(parts).reshape(x.movedim(1, 0).shape).movedim(0, 1)
+        return scaled(white, parameters)
+
+    return formula
 
 
 def follow(buffers: Tensors, momentum: float = 0.1, **measured: Tensor) -> None:

@@ -113,7 +113,10 @@ TRACKING = ("bn", "sync_bn", "frozen_bn")
 MIXTURES = ("sn",)
 
 #: Norms that evaluate with running statistics and keep them in terms of their own: what they keep.
-RETOLD = {"l1_bn": ("running_mean", "num_batches_tracked", "running_scale")}
+RETOLD = {
+    "l1_bn": ("running_mean", "num_batches_tracked", "running_scale"),
+    "iter_norm": ("running_mean", "num_batches_tracked", "running_wm"),
+}
 
 #: Parameters that a norm has beside weight and bias, and that no other norm takes over.
 OWN = {"sn": ("mean_weight", "var_weight")}

@@ -34,7 +34,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 #: Sources whose running statistics are optional.
 OPTIONAL = ("bn", "in")
 
-TRACKING = ("bn", "sync_bn", "frozen_bn", "l1_bn", "in")
+TRACKING = ("bn", "sync_bn", "frozen_bn", "l1_bn", "iter_norm", "in")
 SLACK = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}
 
 
