@@ -6,6 +6,7 @@ and tensors by name; it puts new tensors into ``buffers`` where the norm updates
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -77,6 +78,29 @@ def iterative_norm(groups: int, iterations: int = 5) -> Formula:
             follow(buffers, running_mean=torch.cat(means), running_wm=torch.stack(matrices))
         white = torch.cat(parts).reshape(x.movedim(1, 0).shape).movedim(0, 1)
         return scaled(white, parameters)
+
+    return formula
+
+
+def local_context_norm(channels: int, window: int) -> Formula:
+    """Ortiz et al. 2020: every window cut out of the map by itself."""
+
+    def formula(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+        y = torch.zeros_like(x)
+        for place in itertools.product(*map(range, x.shape[2:])):
+            cut = []
+            for at, length in zip(place, x.shape[2:], strict=True):
+                size = min(window, length)
+                first = max(0, min(at - (size - 1) // 2, length - size))
+                cut.append(slice(first, first + size))
+            for first in range(0, x.shape[1], channels):
+                group = slice(first, first + channels)
+                inside = x[(slice(None), group, *cut)].flatten(1)
+                mean = inside.mean(1, keepdim=True)
+                var = (inside - mean).square().mean(1, keepdim=True)
+                here = (slice(None), group, *place)
+                y[here] = (x[here] - mean) / (var + 1e-5) ** 0.5
+        return scaled(y, parameters)
 
     return formula
 

@@ -56,6 +56,7 @@ DEFAULTS = {
     "frozen_bn": BATCH,
     "sn": BATCH,
     "l1_bn": BATCH,
+    "lcn": BATCH,
     "iter_norm": BATCH,
     "gn": BATCH | GROUP,
     "in": BATCH | GROUP,
