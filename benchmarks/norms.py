@@ -57,6 +57,8 @@ CONTENDERS: dict[str, Callable[[int], nn.Module]] = {
     CONTROL: nn.BatchNorm2d,
     "nn.GroupNorm(32)": lambda channels: nn.GroupNorm(32, channels),
     "sn": lambda channels: normswap.build("sn", channels),
+    "ghost_bn(group_size=8)": lambda channels: normswap.build("ghost_bn", channels, group_size=8),
+    "cn": lambda channels: normswap.build("cn", channels),
     TEXTBOOK: Textbook,
 }
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from normswap.stats.report import WarmupReport as WarmupReport
     from normswap.swap.apply import revert as revert
     from normswap.swap.report import report as report
+    from normswap.views.norm_picture import draw as draw
 
 _WHERE = {
     "CalibrationReport": "stats.calibration.report",
@@ -66,6 +67,7 @@ _WHERE = {
     "convert": "api",
     "converted": "api",
     "dataset_stats": "stats.dataset",
+    "draw": "views.norm_picture",
     "find": "api",
     "list_norms": "norms.registry",
     "load": "api",

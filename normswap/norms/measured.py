@@ -20,26 +20,25 @@ and a half of each
 
 where ``standardized(centre, spread)`` is weight / sqrt(spread + eps) and bias - gain · centre.
 Everything is plain torch, of any shape that expands to (N, C), and autograd goes through it.
-Beside the class a file has a starter, a reader that adds to `described`, and its entry.
+`normswap.norms.declared` makes a norm of the registry of such a class.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.base import Norm, place
-from normswap.norms.entry import AFFINE, EPS, Option, flag, number
+from normswap.norms.base import Norm
 from normswap.norms.moments import normalized
-from normswap.norms.reading import layout, tensors
-from normswap.norms.state import RUNNING_STATISTICS, NormState
+from normswap.norms.pool import Rule
+from normswap.norms.state import RUNNING_STATISTICS
 from normswap.norms.sync import merged, ranks
 
-__all__ = ["OPTIONS", "MeasuredNorm", "described", "furnished", "pooled", "settings"]
+__all__ = ["MeasuredNorm", "pooled"]
 
 
 def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -67,10 +66,19 @@ class MeasuredNorm(Norm):
             know. Any input (N, C, ...) is taken.
 
     Attributes:
+        plain_statistics: set while a statistics pass measures: whatever the rule divides by, what
+            is kept is the unbiased variance of the batch.
         weight: (C,) or ``None``, as are bias and the running statistics. A module is made with
             none of them; `normswap.build` and `normswap.convert` put them in.
+        tracks: whether such norms keep running statistics.
+        synchronizes: whether they have ``sync``.
+        counts: what weight and bias are multiplied by until something is learned beside them.
     """
 
+    tracks: ClassVar[bool] = True
+    synchronizes: ClassVar[bool] = True
+    counts: ClassVar[tuple[float, float]] = (1.0, 1.0)
+    plain_statistics: bool = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor | None
@@ -109,6 +117,18 @@ class MeasuredNorm(Norm):
         """
         raise NotImplementedError
 
+    def pools(self, *, tracks: bool) -> Rule:
+        """What it pools over, given what it has learned.
+
+        Args:
+            tracks: whether it has running statistics.
+        """
+        raise NotImplementedError
+
+    def obstacle(self) -> str:
+        """Why what it has learned beside weight and bias has no counterpart in another norm."""
+        return ""
+
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (N, C, ...)."""
         return normalized(x, partial(self.rule, positions=math.prod(x.shape[2:])))
@@ -116,13 +136,16 @@ class MeasuredNorm(Norm):
     def standardized(self, centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
         """Gain and offset of ``weight · (x - centre) / sqrt(spread + eps) + bias``."""
         gain = (spread + self.eps).rsqrt()
+        return self.with_affine(gain, -gain * centre)
+
+    def with_affine(self, gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and offset of ``weight · (gain · x + offset) + bias``."""
         if self.weight is not None:
-            gain = gain * self.weight
-        offset = -gain * centre
+            gain, offset = gain * self.weight, offset * self.weight
         return gain, offset if self.bias is None else offset + self.bias
 
     def over_batch(
-        self, mean: Tensor, var: Tensor, positions: int, *, bessel: bool = True
+        self, mean: Tensor, var: Tensor, positions: int, *, within: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of the batch in training, the running statistics in eval, (C,) each.
 
@@ -132,23 +155,24 @@ class MeasuredNorm(Norm):
 
         Args:
             mean: of every sample's channel, (N, C).
-            var: its variance, likewise.
+            var: its biased variance, likewise.
             positions: how many values each was taken of.
-            bessel: whether what is kept is n/(n - 1) times the variance of n values: yes, but
-                where ``var`` is unbiased already.
+            within: a factor for these variances, where a paper takes unbiased ones: then the
+                running variance follows what is returned. Else it follows n/(n - 1) times the
+                variance of n values, as torch's does.
 
         Raises:
             DegeneratePooling: there is a single value for each channel.
         """
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
-        values = mean.shape[0] * positions
+        values, of_channels = mean.shape[0] * positions, var * within
         total: int | Tensor = values
         if self.sync and self.training and ranks(self.process_group) > 1:
             name = self.site_path or type(self).__name__
             divisor = max(mean.shape[0], 1)
             centre = mean.sum(0) / divisor
-            m2 = (var + (mean - centre).square()).sum(0) * positions
+            m2 = (of_channels + (mean - centre).square()).sum(0) * positions
             centre, spread, total = merged(values, centre, m2, group=self.process_group, name=name)
             centre, spread = centre.to(mean.dtype), spread.to(mean.dtype)
         elif values == 0:
@@ -156,9 +180,11 @@ class MeasuredNorm(Norm):
             return mean.sum(0), var.sum(0)
         else:
             self.refuse_single_value(values, "use a larger batch")
-            centre, spread = (each.squeeze(0) for each in pooled(mean, var, 0))
+            centre, spread = (each.squeeze(0) for each in pooled(mean, of_channels, 0))
         if self.training:
-            self._track(centre, spread * (total / (total - 1)) if bessel else spread)
+            kept = pooled(mean, var, 0)[1].squeeze(0) if self.plain_statistics else spread
+            as_torch = within == 1.0 or self.plain_statistics
+            self._track(centre, kept * (total / (total - 1)) if as_torch else kept)
         return centre, spread
 
     @torch.no_grad()
@@ -189,53 +215,3 @@ class MeasuredNorm(Norm):
     def extra_repr(self) -> str:
         """Say size, eps and momentum, as torch's BatchNorm does."""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
-
-
-#: The options that all of them have.
-OPTIONS = (
-    flag("sync", False, "pool the batch over all ranks; DDP takes it on CPU too"),
-    Option("process_group", None, "the ranks that share statistics; None: all"),
-    EPS,
-    number("momentum", "weight of the newest batch; None: the source's", low=0.0, high=1.0),
-    AFFINE,
-)
-
-
-def furnished(
-    module: MeasuredNorm,
-    state: NormState,
-    *,
-    sync: bool,
-    process_group: Any,
-    eps: float | None,
-    momentum: float | None,
-) -> MeasuredNorm:
-    """Give a new norm the settings that all of them have, from its options and its source."""
-    module.eps = state.eps if eps is None else eps
-    module.momentum = state.momentum if momentum is None else momentum
-    module.sync, module.process_group, module.dim = sync, process_group, state.dim
-    place(module, state)
-    return module
-
-
-def settings(module: MeasuredNorm) -> dict[str, Any]:
-    """The values of `OPTIONS`, for a reader."""
-    return {
-        "sync": module.sync,
-        "process_group": module.process_group,
-        "eps": module.eps,
-        "momentum": module.momentum,
-        "affine": module.weight is not None,
-    }
-
-
-def described(module: MeasuredNorm) -> dict[str, Any]:
-    """What a reader says of any of them: `NormState`'s fields but name, kind, rule, settings."""
-    return {
-        "num_features": module.num_features,
-        "eps": module.eps,
-        "momentum": module.momentum,
-        "dim": module.dim,
-        **tensors(module),
-        **layout(module),
-    }

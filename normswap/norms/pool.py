@@ -32,12 +32,19 @@ class Pool:
         channels: channels in a group; 1 is instance normalization, C is layer normalization.
         centred: whether the mean is subtracted; without it the statistic is the mean square.
         shares: of a mixture, the pools with their weights in its mean and in its variance.
+        unbiased: whether the variance of n values is n/(n - 1) times their mean square.
+        samples: of a batch that is taken in parts, how many samples a part has.
+        common: of the batch or the running statistics, whether there is one variance, the mean of
+            the channels'.
     """
 
     over: Over
     channels: int = 1
     centred: bool = True
     shares: tuple[tuple[Pool, float, float], ...] = ()
+    unbiased: bool = False
+    samples: int | None = None
+    common: bool = False
 
     @property
     def measures(self) -> bool:
@@ -48,6 +55,14 @@ class Pool:
     def meets(self) -> bool:
         """Whether samples of a batch change each other's outputs."""
         return self.over == "batch" or any(pool.meets for pool, _, _ in self.shares)
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether it expects of a channel what the running statistics tell of it."""
+        if self.over == "mixture":
+            return all(pool.by_channel for pool, _, _ in self.shares)
+        alone = self.over in ("batch", "running") or (self.over == "group" and self.channels == 1)
+        return alone and self.centred and not self.common
 
     def share(self, other: Pool) -> float:
         """How much of the statistics another pool gives, 0 to 1: the less of mean and variance."""
@@ -66,7 +81,8 @@ class Pool:
             pools = [pool for pool, _, _ in self.shares if pool.measures]
             pools = [pool for pool in pools if pool.meets] or pools
             return max(pool.values(batch, num_features, length) for pool in pools)
-        sizes = {"batch": batch * length, "group": self.channels * length, "position": num_features}
+        part = batch if self.samples is None else min(batch, self.samples)
+        sizes = {"batch": part * length, "group": self.channels * length, "position": num_features}
         return sizes[self.over]
 
     def expected(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +103,8 @@ class Pool:
                 pooled_mean, pooled_var = pool.expected(mean, var)
                 means, variances = means + of_mean * pooled_mean, variances + of_var * pooled_var
             return means, variances
+        if self.common:
+            return mean, var.mean().expand_as(var)
         if not self.centred:
             square = var + mean.square()
             size = self.channels if self.over == "group" else len(square)

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from normswap.errors import CannotConvert
 from normswap.norms.beside import Beside
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.pool import BATCH, RUNNING, Pool, Rule, per_group
+from normswap.norms.pool import RUNNING, Pool, Rule
 from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
 
 Carry = Literal["auto", "copy", "fresh"]
+
+#: Where weight and bias may have to be rewritten for what is promised.
+_REWRITING = (Fidelity.EXACT, Fidelity.EVAL, Fidelity.NEAR, Fidelity.MATCHED)
 
 #: From which share of the running statistics on a mixture evaluates nearly as they alone do.
 NEAR = 0.999
@@ -72,6 +75,7 @@ def begin(
     running: bool = False,
     frozen: bool = False,
     note: str = "",
+    counts: tuple[float, float] = (1.0, 1.0),
     own: tuple[str, ...] = (),
     kept: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Start:
@@ -92,6 +96,7 @@ def begin(
         running: whether the target tracks running statistics.
         frozen: whether the target holds its affine fixed.
         note: what the user should know.
+        counts: what the target multiplies weight and bias by, as it starts.
         own: parameters that the target has beside weight and bias, and learns.
         kept: gives the source's running statistics in the terms in which the target keeps them,
             where those are not the shared ones.
@@ -100,7 +105,7 @@ def begin(
         CannotConvert: the affine is not per channel, or has to be rewritten and cannot be.
     """
     eps = state.eps if eps is None else eps
-    fidelity = _fidelity(state, rule, carry=carry, eps=eps, affine=affine)
+    fidelity = _fidelity(state, rule, counts, carry=carry, eps=eps, affine=affine)
     if state.obstacle and fidelity is not Fidelity.FRESH:
         remedy = 'convert it with carry="fresh" or leave it out by skip='
         raise CannotConvert(state.obstacle, remedy)
@@ -111,9 +116,14 @@ def begin(
         names = AFFINE_TENSORS
     if carry == "fresh":
         values = partial(_unit, state)
-    elif fidelity is Fidelity.MATCHED and not _is_identity(rule.eval, state, eps):
-        names = AFFINE_TENSORS
-        values = partial(_match, state, rule.eval, eps)
+    elif carry == "auto" and fidelity in _REWRITING:
+        same = fidelity is Fidelity.NEAR or rule.eval == state.rule.eval
+        if not (same or _is_identity(rule.eval, state, eps)):
+            names = AFFINE_TENSORS
+            values = partial(_match, state, rule.eval, eps, counts)
+        elif counts != state.counts:
+            names = AFFINE_TENSORS
+            values = partial(_recount, state, names, counts)
     if state.parametrized and values is not dict:
         raise CannotConvert(
             "its weight is parametrized, so the start cannot rewrite it",
@@ -150,31 +160,41 @@ def _affine_of(state: NormState) -> tuple[str, ...]:
 
 
 def _fidelity(
-    state: NormState, rule: Rule, *, carry: Carry, eps: float, affine: bool | None
+    state: NormState,
+    rule: Rule,
+    counts: tuple[float, float],
+    *,
+    carry: Carry,
+    eps: float,
+    affine: bool | None,
 ) -> Fidelity:
     if carry == "fresh" or (state.affine and affine is False):
         return Fidelity.FRESH
-    if eps == state.eps and rule == state.rule:
-        return Fidelity.EXACT
-    if eps == state.eps and rule.eval == state.rule.eval:
-        return Fidelity.EVAL
+    rewritable = carry == "auto" and affine is not False
+    same = counts == state.counts or rewritable
+    if eps == state.eps and same:
+        if rule == state.rule:
+            return Fidelity.EXACT
+        if rule.eval == state.rule.eval:
+            return Fidelity.EVAL
     if "nothing" in (rule.eval.over, state.rule.eval.over):
         return Fidelity.FRESH
-    if eps == state.eps and _share(state, rule) >= NEAR:
+    if eps == state.eps and _share(state, rule) >= NEAR and same:
         return Fidelity.NEAR
     known = state.tracks and state.rule.eval.over in ("running", "mixture")
-    expects = rule.eval.measures or rule.eval.over == "curve"
-    matchable = known and (expects or state.rule.eval.over == "mixture")
-    rewritable = affine is not False or _is_identity(rule.eval, state, eps)
-    if carry == "auto" and matchable and rewritable:
+    ours, theirs = rule.eval, state.rule.eval
+    if known and rewritable and eps == state.eps and ours.over == theirs.over == "running":
+        return Fidelity.EVAL
+    expects = ours.measures or ours.over == "curve"
+    matchable = known and (expects or theirs.over == "mixture")
+    if matchable and (rewritable or (carry == "auto" and _is_identity(ours, state, eps))):
         return Fidelity.MATCHED
     return Fidelity.AFFINE
 
 
 def _is_identity(pool: Pool, state: NormState, eps: float) -> bool:
     """Whether matching would change nothing: the channel's own statistics, the same eps."""
-    own = state.rule.eval == RUNNING and (pool == BATCH or pool == per_group(1))
-    return eps == state.eps and own
+    return eps == state.eps and pool.by_channel and state.rule.eval.by_channel
 
 
 def _share(state: NormState, rule: Rule) -> float:
@@ -193,7 +213,22 @@ def _unit(state: NormState) -> dict[str, Tensor]:
     return values
 
 
-def _match(state: NormState, pool: Pool, eps: float) -> dict[str, Tensor]:
+def _recount(
+    state: NormState, names: tuple[str, ...], counts: tuple[float, float]
+) -> dict[str, Tensor]:
+    """The same gain and offset where they are multiplied by other factors."""
+    values = {}
+    for name, theirs, ours in zip(AFFINE_TENSORS, state.counts, counts, strict=True):
+        own: Tensor | None = getattr(state, name)
+        if name in names:
+            unit = state.reference().new_full((state.num_features,), float(name == "weight"))
+            values[name] = (unit if own is None else own.detach()) * (theirs / ours)
+    return values
+
+
+def _match(
+    state: NormState, pool: Pool, eps: float, counts: tuple[float, float]
+) -> dict[str, Tensor]:
     """Gain and offset that give the source's eval output on a sample of expected statistics.
 
     With expected mean M and variance V of the pool, and the source's root S = sqrt(var + eps):
@@ -209,9 +244,10 @@ def _match(state: NormState, pool: Pool, eps: float) -> dict[str, Tensor]:
         offset = torch.zeros_like(mean) if state.bias is None else state.bias.to(work)
         expected_mean, expected_var = pool.expected(mean, var)
         mean, var = state.rule.eval.expected(mean, var)
-        slope = gain / state.rule.eval.divisor(var, state.eps)
+        slope = state.counts[0] * gain / state.rule.eval.divisor(var, state.eps)
+        offset = state.counts[1] * offset + slope * (expected_mean - mean)
         dtype = state.reference().dtype
         return {
-            "weight": (slope * pool.divisor(expected_var, eps)).to(dtype),
-            "bias": (offset + slope * (expected_mean - mean)).to(dtype),
+            "weight": (slope * pool.divisor(expected_var, eps) / counts[0]).to(dtype),
+            "bias": (offset / counts[1]).to(dtype),
         }

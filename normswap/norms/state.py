@@ -59,6 +59,7 @@ class NormState:
         settings: the norm's option values, by the names of its registry entry.
         trainable: whether weight and bias were trainable before a freeze, by name.
         parametrized: whether weight or bias is computed by a parametrization.
+        counts: what weight and bias are multiplied by in what the norm computes.
         obstacle: why the affine cannot be carried to another family; empty if it can.
         producer: the layer that feeds the norm, told only where the target needs it.
         consumer: the layer that alone reads the norm, likewise.
@@ -84,6 +85,7 @@ class NormState:
     settings: Mapping[str, object] = field(default_factory=dict)
     trainable: Mapping[str, bool] = field(default_factory=dict)
     parametrized: bool = False
+    counts: tuple[float, float] = (1.0, 1.0)
     obstacle: str = ""
     producer: Neighbour = field(default_factory=Neighbour)
     consumer: Neighbour = field(default_factory=Neighbour)

@@ -58,9 +58,11 @@ class Meter(Probe):
         """Momentum 1 and train mode; and ranks that do not wait for each other in forward."""
         module = self.site.module
         measures: dict[str, Any] = {"momentum": 1.0, "training": True}
+        if isinstance(module, MeasuredNorm):
+            return measures | {"sync": False, "plain_statistics": True}
         if not (dist.is_available() and dist.is_initialized()):
             return measures
-        if isinstance(module, (SynchronizedBatchNorm, MeasuredNorm)):
+        if isinstance(module, SynchronizedBatchNorm):
             return measures | {"sync": False}
         if isinstance(module, nn.SyncBatchNorm):
             return measures | {"forward": _LocalForward(module, self.site.state.tail)}

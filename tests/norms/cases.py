@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 import normswap
 from normswap.norms.furnish import furnish
 from normswap.norms.state import fresh_state
-from tests.reference import formulas
+from tests.reference import batch_relatives, formulas
 from tests.reference.data import fill, values
 from tests.reference.formulas import Running
 
 CHANNELS = 6
 
-#: ``formula(x, weight, bias, running) -> y``; it updates ``running`` where the norm does.
-Formula = Callable[[Tensor, Tensor, Tensor, Running], Tensor]
+#: ``formula(x, weight, bias, running, **own) -> y``; it updates ``running`` where the norm does,
+#: and is given by name what the norm learns beside weight and bias.
+Formula = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
 
 
+def own(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of what a norm learns beside weight and bias, by name; they take gradients."""
+    return {
+        name: parameter.detach().clone().requires_grad_()
+        for name, parameter in module.named_parameters()
+        if name not in ("weight", "bias")
+    }
+
+
 def _batch(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
     return formulas.batch_norm(x, weight, bias, running)
 
@@ -113,18 +124,25 @@ def _rms_2d(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor
     return formulas.rms_norm_of_positions(x, weight, bias)
 
 
-def _switchable(**options: Any) -> Formula:
-    """With the logits that `fill` gives, which come after weight and bias."""
+def _channel(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
+    return formulas.channel_norm(x, weight, bias)
 
-    def formula(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
-        logits = values(3, seed=1002), values(3, seed=1003)
-        return formulas.switchable_norm(x, weight, bias, running, *logits, **options)
 
-    return formula
+def _channel_biased(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
+    return formulas.channel_norm(x, weight, bias, unbiased=False)
+
+
+def _ghost(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
+    return formulas.ghost_batch_norm(x, weight, bias, running, 2)
 
 
 def _nothing(x: Tensor, weight: Tensor, bias: Tensor, running: Running) -> Tensor:
     return x
+
+
+def tracking(norm: str, formula: Formula, **options: Any) -> Case:
+    """A norm that keeps running statistics, by a formula that is told whether it trains."""
+    return Case(norm, formula, partial(formula, training=False), options, updates=True)
 
 
 BATCH = Case("bn", _batch, _fixed, updates=True)
@@ -141,15 +159,23 @@ LAYER = Case("ln", _layer, _layer)
 LAYER_2D = Case("ln2d", _layer_2d, _layer_2d)
 RMS = Case("rms", _rms, _rms)
 RMS_2D = Case("rms2d", _rms_2d, _rms_2d)
-SWITCHABLE = Case("sn", _switchable(), _switchable(training=False), updates=True)
-BIASED_SWITCHABLE = Case(
-    "sn",
-    _switchable(unbiased=False),
-    _switchable(unbiased=False, training=False),
-    {"unbiased": False},
-    updates=True,
+CHANNEL = Case("cn", _channel, _channel)
+BIASED_CHANNEL = Case("cn", _channel_biased, _channel_biased, {"unbiased": False})
+GHOST = Case("ghost_bn", _ghost, _fixed, {"group_size": 2}, updates=True)
+SWITCHABLE = tracking("sn", formulas.switchable_norm)
+BIASED_SWITCHABLE = tracking(
+    "sn", partial(formulas.switchable_norm, unbiased=False), unbiased=False
 )
+EXTENDED = tracking("ebn", batch_relatives.extended_batch_norm)
+BATCH_INSTANCE = tracking("bin", batch_relatives.batch_instance_norm)
+INSTANCE_BATCH = tracking("ibn", partial(batch_relatives.instance_batch_norm, first=3))
+MOSTLY_BATCH = tracking("ibn", partial(batch_relatives.instance_batch_norm, first=1), ratio=0.2)
+ADAPTIVE = tracking("adaptive_bn", batch_relatives.adaptive_batch_norm)
+ENHANCED = tracking("iebn", batch_relatives.instance_enhancement_batch_norm)
 IDENTITY = Case("identity", _nothing, _nothing)
+
+#: What measures each channel of a sample alone, and so needs more than one position.
+SINGLE = [INSTANCE, TRACKED_INSTANCE, CHANNEL, BIASED_CHANNEL, INSTANCE_BATCH, MOSTLY_BATCH]
 
 CASES = [
     BATCH,
@@ -164,7 +190,16 @@ CASES = [
     LAYER_2D,
     RMS,
     RMS_2D,
+    GHOST,
+    CHANNEL,
+    BIASED_CHANNEL,
     SWITCHABLE,
     BIASED_SWITCHABLE,
+    EXTENDED,
+    BATCH_INSTANCE,
+    INSTANCE_BATCH,
+    MOSTLY_BATCH,
+    ADAPTIVE,
+    ENHANCED,
     IDENTITY,
 ]

@@ -13,6 +13,7 @@ from tests.reference.data import values
 SINGLE = [
     pytest.param("gn", {"num_groups": CHANNELS}, CHANNELS, id="gn"),
     pytest.param("in", {}, CHANNELS, id="in"),
+    pytest.param("cn", {"unbiased": False}, CHANNELS, id="cn"),
     pytest.param("ln", {}, 1, id="ln"),
     pytest.param("rms", {}, 1, id="rms"),
 ]

@@ -11,10 +11,10 @@ from tests.norms.cases import (
     CHANNELS,
     FROZEN,
     IDENTITY,
-    INSTANCE,
-    TRACKED_INSTANCE,
+    SINGLE,
     Case,
     affine,
+    own,
     statistics,
 )
 from tests.reference import formulas
@@ -27,22 +27,23 @@ PAIRS = [
     for case in CASES
     for shape in SHAPES
     # Without positions there is a single value per sample and channel.
-    if not (case in (INSTANCE, TRACKED_INSTANCE) and len(shape) == 2)
+    if not (case in SINGLE and len(shape) == 2)
 ]
 UPDATING = [pair for pair in PAIRS if pair.values[0].updates]
+LEARNING = [pair for pair in PAIRS if own(pair.values[0].build(pair.values[1]))]
 TRAINABLE = [pair for pair in PAIRS if pair.values[0] not in (FROZEN, IDENTITY)]
 
 
 @pytest.mark.parametrize(("case", "shape"), PAIRS)
 def test_the_train_output_is_the_formulas(case: Case, shape: tuple[int, ...]) -> None:
     norm, x = case.build(shape), values(*shape)
-    close(norm(x), case.train(x, *affine(norm), statistics()))
+    close(norm(x), case.train(x, *affine(norm), statistics(), **own(norm)))
 
 
 @pytest.mark.parametrize(("case", "shape"), PAIRS)
 def test_the_eval_output_is_the_formulas(case: Case, shape: tuple[int, ...]) -> None:
     norm, x = case.build(shape).eval(), values(*shape)
-    close(norm(x), case.eval(x, *affine(norm), statistics()))
+    close(norm(x), case.eval(x, *affine(norm), statistics(), **own(norm)))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -52,7 +53,7 @@ def test_the_inputs_gradient_is_the_formulas(case: Case, shape: tuple[int, ...],
     x, expected = values(*shape).requires_grad_(), values(*shape).requires_grad_()
     formula = case.train if mode == "train" else case.eval
     norm(x).backward(direction)
-    formula(expected, *affine(norm), statistics()).backward(direction)
+    formula(expected, *affine(norm), statistics(), **own(norm)).backward(direction)
     close(x.grad, expected.grad)
 
 
@@ -66,9 +67,24 @@ def test_the_gradients_of_weight_and_bias_are_the_formulas(
     weight, bias = affine(norm)
     formula = case.train if mode == "train" else case.eval
     norm(x).backward(direction)
-    formula(x, weight, bias, statistics()).backward(direction)
+    formula(x, weight, bias, statistics(), **own(norm)).backward(direction)
     close(norm.weight.grad, weight.grad)
     close(norm.bias.grad, bias.grad)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(("case", "shape"), LEARNING)
+def test_the_gradients_of_what_else_is_learned_are_the_formulas(
+    case: Case, shape: tuple[int, ...], mode: str
+) -> None:
+    norm, x = case.build(shape).train(mode == "train"), values(*shape)
+    direction, learned = values(*shape, seed=1), own(norm)
+    formula = case.train if mode == "train" else case.eval
+    norm(x).backward(direction)
+    formula(x, *affine(norm), statistics(), **learned).backward(direction)
+    assert learned
+    for name, tensor in learned.items():
+        close(norm.get_parameter(name).grad, tensor.grad)
 
 
 @pytest.mark.parametrize(("case", "shape"), UPDATING)
@@ -79,7 +95,7 @@ def test_three_train_steps_leave_the_formulas_statistics(
     for step in range(3):
         x = values(*shape, seed=20 + step)
         norm(x)
-        case.train(x, *affine(norm), expected)
+        case.train(x, *affine(norm), expected, **own(norm))
     close(norm.running_mean, expected.mean)
     close(norm.running_var, expected.var)
 

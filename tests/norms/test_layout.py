@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from normswap.norms.layer import LayerNorm
 from tests.norms.cases import (
     BATCH,
+    CHANNEL,
     CHANNELS,
     FROZEN,
     GROUP,
@@ -16,12 +17,14 @@ from tests.norms.cases import (
     INSTANCE,
     LAYER_2D,
     RMS_2D,
+    SINGLE,
     SWITCHABLE,
     SYNC,
     SYNC_OPTION,
     TRACKED_INSTANCE,
     Case,
     affine,
+    own,
     start,
     statistics,
 )
@@ -38,6 +41,7 @@ CASES = [
     TRACKED_INSTANCE,
     LAYER_2D,
     RMS_2D,
+    CHANNEL,
     SWITCHABLE,
     IDENTITY,
 ]
@@ -45,13 +49,13 @@ PAIRS = [
     pytest.param(case, shape, id=f"{case}-{len(shape)}d")
     for case in CASES
     for shape in TOKENS
-    if not (case in (INSTANCE, TRACKED_INSTANCE) and len(shape) == 2)
+    if not (case in SINGLE and len(shape) == 2)
 ]
 
 
 def by_hand(case: Case, norm: nn.Module, x: Tensor) -> Tensor:
     """The formula on an input whose axes were moved."""
-    y = case.train(x.movedim(-1, 1).contiguous(), *affine(norm), statistics())
+    y = case.train(x.movedim(-1, 1).contiguous(), *affine(norm), statistics(), **own(norm))
     return y.movedim(1, -1)
 
 

@@ -317,9 +317,11 @@ def test_a_copy_is_independent() -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_in_one_graph(training: bool, momentum: float | None) -> None:
+@pytest.mark.parametrize("name", ["sn", "cn", "ghost_bn"])
+def test_compiles_in_one_graph(name: str, training: bool, momentum: float | None) -> None:
     """With a backend that only captures, so that no compiler of C++ is needed."""
-    norm = normswap.build("sn", 6).double().train(training)
+    options = {"group_size": 2} if name == "ghost_bn" else {}
+    norm = normswap.build(name, 6, **options).double().train(training)
     norm.momentum = momentum
     model = nn.Sequential(norm, nn.ReLU())
     plain = copy.deepcopy(model)

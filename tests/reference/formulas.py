@@ -46,20 +46,35 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Ioffe and Szegedy 2015, train mode: over samples and positions, per channel."""
-    dims = (0, *_positions(x))
-    mean, var = _moments(x, dims)
+    dims = (0, *position_dims(x))
+    mean, var = moments(x, dims)
     if running is not None:
         values = x.numel() // x.shape[1]
         running.update(mean.flatten(), var.flatten() * values / (values - 1), momentum)
-    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+    return scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
+def ghost_batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running: Running, size: int, *, eps: float = 1e-5
+) -> Tensor:
+    """Hoffer et al. 2017 with parts of ``size`` samples, and statistics averaged over the parts."""
+    parts = [x[first : first + size] for first in range(0, len(x), size)]
+    kept = [Running.fresh(x.shape[1]) for _ in parts]
+    y = [
+        batch_norm(part, weight, bias, own, momentum=1.0, eps=eps)
+        for part, own in zip(parts, kept, strict=True)
+    ]
+    mean = sum(own.mean for own in kept) / len(kept)
+    running.update(mean, sum(own.var for own in kept) / len(kept), 0.1)
+    return torch.cat(y)
 
 
 def fixed_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running: Running, *, eps: float = 1e-5
 ) -> Tensor:
     """Batch normalization in eval mode, or frozen: by the running statistics."""
-    mean, var = _per_channel(running.mean, x), _per_channel(running.var, x)
-    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+    mean, var = per_channel(running.mean, x), per_channel(running.var, x)
+    return scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
 
 
 def group_norm(
@@ -67,8 +82,8 @@ def group_norm(
 ) -> Tensor:
     """Wu and He 2018: over a sample's positions and a group of consecutive channels."""
     grouped = x.reshape(x.shape[0], groups, -1)
-    mean, var = _moments(grouped, (2,))
-    return _scaled(((grouped - mean) / (var + eps) ** 0.5).reshape(x.shape), weight, bias)
+    mean, var = moments(grouped, (2,))
+    return scaled(((grouped - mean) / (var + eps) ** 0.5).reshape(x.shape), weight, bias)
 
 
 def instance_norm(
@@ -81,38 +96,48 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Ulyanov et al. 2016: over a sample's positions, per channel."""
-    mean, var = _moments(x, _positions(x))
+    mean, var = moments(x, position_dims(x))
     if running is not None:
         positions = x[0, 0].numel()
         unbiased = var * positions / (positions - 1)
         running.update(mean.mean(0).flatten(), unbiased.mean(0).flatten(), momentum)
-    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+    return scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
+def channel_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *, unbiased: bool = True, eps: float = 1e-5
+) -> Tensor:
+    """Dai and Heckel 2019: over a sample's positions, per channel, with the unbiased variance."""
+    mean, var = moments(x, position_dims(x))
+    positions = x[0, 0].numel()
+    var = var * positions / (positions - 1) if unbiased else var
+    return scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
 
 
 def layer_norm_of_maps(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Ba et al. 2016 on a feature map: over all channels and positions of a sample."""
-    mean, var = _moments(x, tuple(range(1, x.ndim)))
-    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+    mean, var = moments(x, tuple(range(1, x.ndim)))
+    return scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
 
 
 def layer_norm_of_positions(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
 ) -> Tensor:
     """Liu et al. 2022: over the channels at each position."""
-    mean, var = _moments(x, (1,))
-    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+    mean, var = moments(x, (1,))
+    return scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
 
 
 def rms_norm_of_maps(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Zhang and Sennrich 2019 on a feature map: over all channels and positions of a sample."""
-    square, _ = _moments(x**2, tuple(range(1, x.ndim)))
-    return _scaled(x / (square + eps) ** 0.5, weight, bias)
+    square, _ = moments(x**2, tuple(range(1, x.ndim)))
+    return scaled(x / (square + eps) ** 0.5, weight, bias)
 
 
 def rms_norm_of_positions(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Zhang and Sennrich 2019: over the channels at each position."""
-    square, _ = _moments(x**2, (1,))
-    return _scaled(x / (square + eps) ** 0.5, weight, bias)
+    square, _ = moments(x**2, (1,))
+    return scaled(x / (square + eps) ** 0.5, weight, bias)
 
 
 def switchable_norm(
@@ -120,8 +145,8 @@ def switchable_norm(
     weight: Tensor,
     bias: Tensor,
     running: Running,
-    mean_logits: Tensor,
-    var_logits: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
     *,
     training: bool = True,
     unbiased: bool = True,
@@ -140,8 +165,8 @@ def switchable_norm(
             weight,
             bias,
             running,
-            mean_logits,
-            var_logits,
+            mean_weight,
+            var_weight,
             training=training,
             unbiased=unbiased,
             momentum=momentum,
@@ -149,7 +174,7 @@ def switchable_norm(
         )
         return y.squeeze(2)
     samples, positions = x.shape[0], x[0, 0].numel()
-    own_mean, own_var = _moments(x, _positions(x))
+    own_mean, own_var = moments(x, position_dims(x))
     if unbiased and positions > 1:
         own_var = own_var * positions / (positions - 1)
     square = own_var + own_mean**2
@@ -163,25 +188,25 @@ def switchable_norm(
         bessel = 1 if unbiased and positions > 1 else values / (values - 1)
         running.update(mean.flatten(), var.flatten() * bessel, momentum)
     else:
-        statistics[2] = _per_channel(running.mean, x), _per_channel(running.var, x)
-    shares = [logits.exp() / logits.exp().sum() for logits in (mean_logits, var_logits)]
+        statistics[2] = per_channel(running.mean, x), per_channel(running.var, x)
+    shares = [logits.exp() / logits.exp().sum() for logits in (mean_weight, var_weight)]
     mean = sum(share * one for share, (one, _) in zip(shares[0], statistics, strict=True))
     var = sum(share * one for share, (_, one) in zip(shares[1], statistics, strict=True))
-    return _scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+    return scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
 
 
 def mean_and_unbiased_var(x: Tensor) -> tuple[Tensor, Tensor]:
     """What a batch norm keeps of all its data (N, C, ...), per channel."""
-    mean, var = _moments(x, (0, *_positions(x)))
+    mean, var = moments(x, (0, *position_dims(x)))
     values = x.numel() // x.shape[1]
     return mean.flatten(), var.flatten() * values / (values - 1)
 
 
-def _positions(x: Tensor) -> tuple[int, ...]:
+def position_dims(x: Tensor) -> tuple[int, ...]:
     return tuple(range(2, x.ndim))
 
 
-def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over some dimensions, which stay as ones."""
     values = 1
     for dim in dims:
@@ -190,9 +215,9 @@ def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return mean, ((x - mean) ** 2).sum(dims, keepdim=True) / values
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(1, -1, *[1] * (x.ndim - 2))
 
 
-def _scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x * _per_channel(weight, x) + _per_channel(bias, x)
+def scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x * per_channel(weight, x) + per_channel(bias, x)

@@ -25,8 +25,18 @@ def alone(tmp_path: Path) -> Iterator[None]:
         yield
 
 
+BATCH_NORMS = [
+    ("bn", {}),
+    ("bn", {"sync": True}),
+    ("sync_bn", {}),
+    ("sn", {}),
+    ("sn", {"sync": True, "kappa": 1.0}),
+    ("ghost_bn", {"group_size": 2}),
+]
+
+
 @pytest.mark.parametrize("dim", [1, 2, 3])
-@pytest.mark.parametrize(("norm", "options"), [("bn", {}), ("bn", {"sync": True}), ("sync_bn", {})])
+@pytest.mark.parametrize(("norm", "options"), BATCH_NORMS)
 def test_built_batch_norms(norm: str, options: dict[str, Any], dim: int) -> None:
     model, data = normswap.build(norm, 2, dim=dim, **options).double(), values(*SHAPES[dim])
     normswap.warmup(model, cut(data, [4, 5]))

@@ -107,11 +107,22 @@ class Source:
 
 
 #: Norms that keep running statistics, and evaluate with them.
-TRACKING = ("bn", "sync_bn", "frozen_bn")
+TRACKING = ("bn", "sync_bn", "frozen_bn", "ghost_bn", "ebn", "bin", "adaptive_bn", "iebn")
 
 #: Norms that keep running statistics, and evaluate with these and with those of the sample.
 MIXTURES = ("sn",)
 
+#: Norms that evaluate some channels with running statistics, and the others with the sample's.
+HALVES = ("ibn",)
+
+#: All that keep running statistics by themselves.
+KEEPING = (*TRACKING, *MIXTURES, *HALVES)
+
+#: Norms that measure a sample's channels alone, if at all, so that a match changes nothing.
+SINGLE = ("in", "cn", *HALVES)
+
+#: Norms that start or end as another only with another weight.
+RESCALED = ("ebn", "iebn")
 #: Norms that evaluate with running statistics and keep them in terms of their own: what they keep.
 RETOLD = {
     "l1_bn": ("running_mean", "num_batches_tracked", "running_scale"),
@@ -119,7 +130,18 @@ RETOLD = {
 }
 
 #: Parameters that a norm has beside weight and bias, and that no other norm takes over.
-OWN = {"sn": ("mean_weight", "var_weight")}
+OWN = {
+    "sn": ("mean_weight", "var_weight"),
+    "bin": ("gate",),
+    "adaptive_bn": ("input_weight", "norm_weight"),
+    "iebn": ("gate_weight", "gate_bias"),
+}
+
+#: Norms that, once trained, are like no other norm.
+UNIQUE = ("adaptive_bn", "iebn")
+
+#: Of these, those that are batch normalization as long as nothing is learned.
+NEUTRAL = {name for norm in ("bin", "adaptive_bn", "iebn") for name in OWN[norm]}
 
 _TORCH = {
     "BatchNorm2d": Source("bn", lambda: nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.2)),
@@ -183,7 +205,11 @@ def matched(source: Source, target: str) -> bool:
     """
     if target == "identity" or not source.tracks:
         return False
-    return source.norm in MIXTURES or target not in (*TRACKING, *RETOLD, *MIXTURES, "in")
+    if source.norm != target and {source.norm, target} & {*RESCALED}:
+        return True
+    if source.norm in HALVES and target in MIXTURES:
+        return True
+    return source.norm in MIXTURES or target not in (*KEEPING, *RETOLD, *SINGLE)
 
 
 def changing(source: Source, target: str) -> bool:
@@ -212,10 +238,15 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 
 
 def filled(model: nn.Module, seed: int = 0) -> Any:
-    """Make all parameters and statistics different from each other and from their defaults."""
+    """Make all parameters and statistics different from each other and from their defaults.
+
+    But for what makes a norm another function than any that it can be converted to.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in NEUTRAL:
+                continue
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5 + 0.3)
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):

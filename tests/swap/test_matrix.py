@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import NothingToConvert
-from tests.swap.helpers import filled, numbers
+from tests.swap.helpers import KEEPING, RETOLD, filled, numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore::normswap.errors.NormSwapWarning")
 
@@ -34,7 +34,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 #: Sources whose running statistics are optional.
 OPTIONAL = ("bn", "in")
 
-TRACKING = ("bn", "sync_bn", "frozen_bn", "l1_bn", "iter_norm", "in")
+TRACKING = (*KEEPING, *RETOLD, "in")
 SLACK = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}
 
 

@@ -15,12 +15,13 @@ from tests.swap.helpers import (
     COPIES,
     FEW,
     HOOKS,
-    MIXTURES,
+    KEEPING,
     OWN,
     RETOLD,
     SOURCES,
     TARGETS,
     TRACKING,
+    UNIQUE,
     Snapshot,
     Source,
     TokenNet,
@@ -111,7 +112,7 @@ def test_state_dict_keys(source: Source, target: str) -> None:
     model = source.model()
     before = [key for key in model.state_dict() if not key.startswith("norm")]
     running = ["running_mean", "running_var", "num_batches_tracked"]
-    tracks = source.tracks if target == source.norm else target in (*TRACKING, *MIXTURES)
+    tracks = source.tracks if target == source.norm else target in KEEPING
     expected = affine_of(source, target) + list(OWN.get(target, ()))
     expected += list(RETOLD[target]) if target in RETOLD else running * tracks
     after = list(swap(model, target).state_dict())
@@ -248,7 +249,9 @@ def test_an_averaged_copy_can_be_kept(source: Source, target: str) -> None:
     assert same_state(average.module, model)
 
 
-@every_change
+@pytest.mark.parametrize(
+    ("source", "target"), pairs(lambda s, target: changing(s, target) and s.norm not in UNIQUE)
+)
 def test_an_optimizer_made_before_trains_the_converted_model(source: Source, target: str) -> None:
     model = source.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
