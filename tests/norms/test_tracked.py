@@ -156,3 +156,14 @@ def test_without_statistics_of_the_source_it_says_so(norm: str) -> None:
     (step,) = normswap.plan(model, norm, where="*")
     assert "train before evaluating" in step.note
     assert step.fidelity == "affine"
+
+
+@each_norm
+def test_a_calibration_leaves_what_only_training_measures(norm: str) -> None:
+    model = nn.Sequential(nn.GroupNorm(2, CHANNELS), nn.Conv2d(CHANNELS, 4, 1), nn.GroupNorm(2, 4))
+    loader = [values(4, CHANNELS, 3, 3, seed=seed).float() for seed in range(3)]
+    normswap.convert(model, {"0": norm, "2": "in"})
+    before = buffers_of(model[0])
+    report = normswap.calibrate(model, loader, progress=False)
+    assert "which only training measures" in str(report)
+    assert equal(buffers_of(model[0]), before)
