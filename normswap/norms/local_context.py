@@ -63,6 +63,8 @@ class LocalContextNorm(AffineNorm):
         DegeneratePooling: at a forward where a window holds a single value.
     """
 
+    spatial = True
+
     def __init__(
         self,
         num_features: int,

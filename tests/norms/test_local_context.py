@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 import normswap
 from normswap.errors import DegeneratePooling, OptionError
+from normswap.norms.furnish import furnish
+from normswap.norms.state import fresh_state
 from tests.norms.beyond import CHANNELS
 from tests.reference.data import close, fill, values
 
@@ -81,6 +84,13 @@ def test_a_window_of_a_single_value_is_refused(
 def test_what_an_option_has_to_be(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         normswap.build("lcn", CHANNELS, **options)
+
+
+def test_windows_have_two_dimensions_where_the_channels_come_last() -> None:
+    state = replace(fresh_state(CHANNELS, dim=2), channel_dim=-1)
+    made = furnish(state, normswap.spec("lcn", window=3).start(state)).module.double()
+    norm, x = normswap.build("lcn", CHANNELS, window=3).double(), values(2, CHANNELS, 5, 4)
+    close(made(x.movedim(1, -1)), norm(x).movedim(1, -1))
 
 
 def test_from_running_statistics_it_starts_as_group_norm_does() -> None:
