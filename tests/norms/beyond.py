@@ -81,6 +81,10 @@ BEYOND = [
     Beyond("lcn", beyond.local_context_norm(2, 227)),
     Beyond("lcn", beyond.local_context_norm(2, 3), {"window": 3}),
     Beyond("lcn", beyond.local_context_norm(3, 2), {"channels_per_group": 3, "window": 2}),
+    *(
+        Beyond("rn_l", beyond.learned_region_norm(**options), options, tuple(SHAPES[1:]))
+        for options in ({}, {"per_sample": True}, {"eps_scaled": False, "threshold": 0.5})
+    ),
     Beyond("iter_norm", beyond.iterative_norm(1)),
     Beyond("iter_norm", beyond.iterative_norm(2), {"num_groups": 2}),
     Beyond("iter_norm", beyond.iterative_norm(3, 2), {"channels_per_group": 2, "iterations": 2}),

@@ -14,7 +14,7 @@ import normswap
 from normswap.errors import CannotConvert, NormSwapError, OptionError, UnknownNorm
 
 NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d", "identity"]
-NAMES += ["dyt", "derf", "scale_norm", "l1_bn", "iter_norm", "lcn"]
+NAMES += ["dyt", "derf", "scale_norm", "l1_bn", "iter_norm", "lcn", "rn_l"]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ NAMES += ["dyt", "derf", "scale_norm", "l1_bn", "iter_norm", "lcn"]
         ("dynamic_erf", "derf"),
         ("l1_batch_norm", "l1_bn"),
         ("local_context_norm", "lcn"),
+        ("region_norm_learned", "rn_l"),
         ("iterative_normalization", "iter_norm"),
     ],
 )

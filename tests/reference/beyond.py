@@ -105,6 +105,46 @@ def local_context_norm(channels: int, window: int) -> Formula:
     return formula
 
 
+def learned_region_norm(
+    *, per_sample: bool = False, eps_scaled: bool = True, threshold: float = 0.8
+) -> Formula:
+    """Yu et al. 2020, RN-L: the values of every region gathered and standardized by themselves."""
+
+    def formula(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+        seen = torch.stack([x.sum(1) / x.shape[1], x.max(1).values], 1)
+        likely = 1 / (1 + (-correlated(seen, parameters["region_weight"])).exp())
+        gain = correlated(likely, parameters["gain_weight"]) + parameters["gain_bias"]
+        offset = correlated(likely, parameters["offset_weight"]) + parameters["offset_bias"]
+        z = torch.zeros_like(x)
+        for part in [slice(n, n + 1) for n in range(len(x))] if per_sample else [slice(None)]:
+            holes = likely[part, 0] >= threshold
+            for region in (holes, ~holes):
+                if not region.any():
+                    continue
+                for channel in range(x.shape[1]):
+                    inside = x[part, channel][region]
+                    mean = inside.sum() / len(inside)
+                    var = ((inside - mean) ** 2).sum() / len(inside)
+                    eps = 1e-5 * (region.numel() / len(inside) if eps_scaled else 1)
+                    z[part, channel][region] = (inside - mean) / (var + eps) ** 0.5
+        return scaled(z * (1 + gain) + offset, parameters)
+
+    return formula
+
+
+def correlated(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution (1, in, 7, ...) of (N, in, ...) with zeros around, one shift after another."""
+    reach = weight.shape[-1] // 2
+    lengths = x.shape[2:]
+    padded = torch.nn.functional.pad(x, [reach] * 2 * len(lengths))
+    y = torch.zeros(len(x), 1, *lengths, dtype=x.dtype)
+    for shift in itertools.product(range(weight.shape[-1]), repeat=len(lengths)):
+        here = tuple(slice(s, s + length) for s, length in zip(shift, lengths, strict=True))
+        kernel = weight[(0, slice(None), *shift)].reshape(1, -1, *[1] * len(lengths))
+        y = y + (padded[(slice(None), slice(None), *here)] * kernel).sum(1, keepdim=True)
+    return y
+
+
 def follow(buffers: Tensors, momentum: float = 0.1, **measured: Tensor) -> None:
     """Move what is kept towards what was measured, and count."""
     for name, new in measured.items():

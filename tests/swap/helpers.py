@@ -118,8 +118,8 @@ HALVES = ("ibn",)
 #: All that keep running statistics by themselves.
 KEEPING = (*TRACKING, *MIXTURES, *HALVES)
 
-#: Norms that measure a sample's channels alone, if at all, so that a match changes nothing.
-SINGLE = ("in", "cn", *HALVES)
+#: Norms that measure channels alone, if at all, so that a match changes nothing.
+SINGLE = ("in", "cn", "rn_l", *HALVES)
 
 #: Norms that start or end as another only with another weight.
 RESCALED = ("ebn", "iebn")
@@ -135,6 +135,7 @@ OWN = {
     "bin": ("gate",),
     "adaptive_bn": ("input_weight", "norm_weight"),
     "iebn": ("gate_weight", "gate_bias"),
+    "rn_l": ("region_weight", "gain_weight", "gain_bias", "offset_weight", "offset_bias"),
 }
 
 #: Norms that, once trained, are like no other norm.
