@@ -68,7 +68,7 @@ def scaled(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     """
     layout = _layout(x)
     if layout == "rows":
-        return _scaled_rows(x, gain, offset).view(x.shape)
+        return _scaled_rows(x, gain, offset)
     if layout == "columns" and x.dtype == gain.dtype:
         # The channels go along: the innermost loop is over contiguous memory in all three.
         return torch.addcmul(beside(offset, x), x, beside(gain, x))
@@ -112,7 +112,7 @@ def combined(dy: Tensor, x: Tensor, gain: Tensor, slope: Tensor, shift: Tensor) 
     layout = _layout(x)
     same = x.dtype == gain.dtype
     if layout == "rows" and same and x[0, 0].numel() >= LONG_ROW:
-        return _scaled_rows(dy, gain, shift).view(x.shape).addcmul_(x, beside(slope, x))
+        return _scaled_rows(dy, gain, shift).addcmul_(x, beside(slope, x))
     if layout == "columns" and same:
         with_x = torch.addcmul(beside(shift, x), x, beside(slope, x))
         return with_x.addcmul_(dy, beside(gain, x))
@@ -219,8 +219,10 @@ def _scaled_rows(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     scale, add = gain.reshape(-1), offset.reshape(-1)
     zero, one = scale.new_zeros(count), scale.new_ones(count)
     rows = x.reshape(1, count, -1)
-    y: Tensor = torch.native_batch_norm(rows, scale, add, zero, one, False, 0.0, 0.0)[0]
-    return y
+    y = torch.native_batch_norm(rows, scale, add, zero, one, False, 0.0, 0.0)[0]
+    # A plain view could not be overwritten by what comes next, such as a ReLU in place.
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
+    return shaped
 
 
 def _batch_norm_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

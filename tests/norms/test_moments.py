@@ -16,7 +16,7 @@ import normswap
 from normswap.norms.measured import pooled
 from normswap.norms.moments import Rule, normalized
 from normswap.norms.passes import moments
-from tests.reference.data import values
+from tests.reference.data import close, values
 
 # One for each way that the passes go: few, some and many positions, few and many channels, small
 # and large samples; all numbers of dimensions; single samples, channels and positions; none.
@@ -335,3 +335,14 @@ def test_compiles_in_one_graph(name: str, training: bool, momentum: float | None
         near(x.grad, expected.grad, torch.float64)
     for one, other in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         near(one, other.double(), torch.float64)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_an_activation_may_overwrite_the_output(layout: torch.memory_format) -> None:
+    norm, x = normswap.build("sn", 6).double(), values(3, 6, 5, 5).to(memory_format=layout)
+    gradients = []
+    for act in (nn.ReLU(), nn.ReLU(inplace=True)):
+        other = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        act(norm(other)).square().sum().backward()
+        gradients.append(other.grad)
+    close(*gradients)
