@@ -56,12 +56,16 @@ class AffineNorm(Norm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (N, C, ...)."""
-        y = self.standardize(x.to(torch.promote_types(x.dtype, torch.float32)))
+        z = self.standardize(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self.with_affine(z).to(x.dtype)
+
+    def with_affine(self, z: Tensor) -> Tensor:
+        """weight · z + bias: a tensor that may be overwritten, while backward still asks for z."""
+        if self.weight is None and self.bias is None:
+            return z.clone()
         if self.weight is not None:
-            y = y * per_channel(self.weight, y)
-        if self.bias is not None:
-            y = y + per_channel(self.bias, y)
-        return y.to(x.dtype)
+            z = z * per_channel(self.weight, z)
+        return z if self.bias is None else z + per_channel(self.bias, z)
 
     def extra_repr(self) -> str:
         """Say size and eps."""

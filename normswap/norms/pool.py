@@ -147,6 +147,11 @@ class Curve(Pool):
     shift: float = 0.0
     rise: float = 1.0
 
+    @property
+    def linear(self) -> bool:
+        """Whether gain and offset make any other gain and offset of it."""
+        return self.curve == "linear"
+
     def expected(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """The statistics whose standardization has the function's derivative at zero."""
         flat = 1 / (self.slope * self.rise)

@@ -11,6 +11,7 @@ from torch import nn
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
 from normswap.norms import (
     adaptive,
+    attentive,
     batch,
     batch_instance,
     channel,
@@ -62,6 +63,7 @@ _ENTRIES: dict[str, NormEntry] = {
         instance_batch,
         adaptive,
         enhanced,
+        attentive,
         dynamic,
         scale,
         identity,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import CannotConvert
 from normswap.norms.beside import Beside
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.pool import RUNNING, Pool, Rule
+from normswap.norms.pool import RUNNING, Curve, Pool, Rule
 from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
@@ -183,8 +183,10 @@ def _fidelity(
         return Fidelity.NEAR
     known = state.tracks and state.rule.eval.over in ("running", "mixture")
     ours, theirs = rule.eval, state.rule.eval
-    if known and rewritable and eps == state.eps and ours.over == theirs.over == "running":
-        return Fidelity.EVAL
+    representable = ours.over == "running" or (isinstance(ours, Curve) and ours.linear)
+    if known and rewritable and eps == state.eps and theirs.over == "running" and representable:
+        always = rule.train == ours and state.rule.train == theirs
+        return Fidelity.EXACT if always else Fidelity.EVAL
     expects = ours.measures or ours.over == "curve"
     matchable = known and (expects or theirs.over == "mixture")
     if matchable and (rewritable or (carry == "auto" and _is_identity(ours, state, eps))):

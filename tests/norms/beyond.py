@@ -22,23 +22,36 @@ SHAPES = [(4, CHANNELS), (4, CHANNELS, 5), (4, CHANNELS, 3, 4), (4, CHANNELS, 2,
 
 @dataclass(frozen=True)
 class Beyond:
-    """A norm with its options, its formula and the shapes of inputs that it takes."""
+    """A norm with its options, its formula and the shapes of inputs that it takes.
+
+    ``spread`` is a factor for its parameters: those of softmaxes that saturate leave regions of
+    hardly any positions, whose statistics no two formulas agree on to many digits.
+    """
 
     norm: str
     formula: Callable[[Tensor, Tensors, Tensors, bool], Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] = tuple(SHAPES)
     autograd: bool = True
+    spread: float = 1.0
 
     def build(self, dim: int = 2) -> nn.Module:
         """The norm in double precision, every number in it different."""
-        return set_buffers(fill(normswap.build(self.norm, CHANNELS, dim=dim, **self.options)))
+        return self.filled(normswap.build(self.norm, CHANNELS, dim=dim, **self.options))
 
     def on_tokens(self) -> nn.Module:
         """The same as a conversion makes it for a layer whose channels come last."""
         state = replace(fresh_state(CHANNELS, dim=1), channel_dim=-1)
         start = normswap.spec(self.norm, **self.options).start(state)
-        return set_buffers(fill(furnish(state, start).module))
+        return self.filled(furnish(state, start).module)
+
+    def filled(self, module: nn.Module) -> nn.Module:
+        """Double precision, and numbers that are all different."""
+        fill(module)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(self.spread)
+        return set_buffers(module)
 
     def __str__(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
@@ -84,6 +97,20 @@ BEYOND = [
     *(
         Beyond("rn_l", beyond.learned_region_norm(**options), options, tuple(SHAPES[1:]))
         for options in ({}, {"per_sample": True}, {"eps_scaled": False, "threshold": 0.5})
+    ),
+    *(
+        Beyond(
+            "an_wang",
+            beyond.attentive_norm(n, official=code),
+            options,
+            tuple(SHAPES[1:]),
+            spread=0.5,
+        )
+        for n, code, options in (
+            (16, False, {}),
+            (3, False, {"num_regions": 3}),
+            (2, True, {"num_regions": 2, "official": True}),
+        )
     ),
     Beyond("iter_norm", beyond.iterative_norm(1)),
     Beyond("iter_norm", beyond.iterative_norm(2), {"num_groups": 2}),

@@ -145,6 +145,43 @@ def correlated(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def attentive_norm(regions: int, *, official: bool = False) -> Formula:
+    """Wang et al. 2020, one region after another; in training the places are drawn by torch."""
+
+    def formula(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+        front = scaled(x, parameters)
+        flat = front.reshape(*x.shape[:2], -1).movedim(1, 2)
+        length = flat.shape[1]
+        if training:
+            places = torch.randint(length, (regions,)).tolist()
+        else:
+            places = [int((i + 0.5) * length / regions) for i in range(regions)]
+        key, query, value = (
+            flat @ parameters[f"{name}_weight"].T + parameters[f"{name}_bias"]
+            for name in ("key", "query", "value")
+        )
+        logits = []
+        for i, place in enumerate(places):
+            agreement = (query * key[:, place : place + 1]).sum(2)
+            scale = parameters["share_scale"][i].clamp(0, 1)
+            logits.append((scale * agreement + flat @ parameters["share_weight"][i]) / 10)
+        raised = torch.stack(logits).exp()
+        added = torch.zeros_like(flat)
+        for share in (raised / raised.sum(0)).unsqueeze(3):
+            total = share.sum(1, keepdim=True)
+            if official:
+                total = total + 1e-7
+                mean = (share * value).mean(1, keepdim=True) / total
+                var = ((share * value - mean) ** 2).sum(1, keepdim=True) / total
+            else:
+                mean = (share * value).sum(1, keepdim=True) / total
+                var = (share * (value - mean) ** 2).sum(1, keepdim=True) / total
+            added = added + share * (value - mean) / (var.clamp(min=1e-21) ** 0.5 + 1e-7)
+        return front + parameters["residual"] * added.movedim(2, 1).reshape(x.shape)
+
+    return formula
+
+
 def follow(buffers: Tensors, momentum: float = 0.1, **measured: Tensor) -> None:
     """Move what is kept towards what was measured, and count."""
     for name, new in measured.items():

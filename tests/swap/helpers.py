@@ -121,8 +121,11 @@ KEEPING = (*TRACKING, *MIXTURES, *HALVES)
 #: Norms that measure channels alone, if at all, so that a match changes nothing.
 SINGLE = ("in", "cn", "rn_l", *HALVES)
 
+#: Norms that evaluate as running statistics did, and keep none.
+FORGETTING = ("an_wang",)
+
 #: Norms that start or end as another only with another weight.
-RESCALED = ("ebn", "iebn")
+RESCALED = ("ebn", "iebn", "an_wang")
 #: Norms that evaluate with running statistics and keep them in terms of their own: what they keep.
 RETOLD = {
     "l1_bn": ("running_mean", "num_batches_tracked", "running_scale"),
@@ -135,6 +138,10 @@ OWN = {
     "bin": ("gate",),
     "adaptive_bn": ("input_weight", "norm_weight"),
     "iebn": ("gate_weight", "gate_bias"),
+    "an_wang": (
+        *("key_weight", "key_bias", "query_weight", "query_bias", "value_weight", "value_bias"),
+        *("share_weight", "share_scale", "residual"),
+    ),
     "rn_l": ("region_weight", "gain_weight", "gain_bias", "offset_weight", "offset_bias"),
 }
 

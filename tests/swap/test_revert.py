@@ -15,6 +15,7 @@ import normswap
 from tests.swap.helpers import (
     COPIES,
     FEW,
+    FORGETTING,
     HOOKS,
     OWN,
     RESCALED,
@@ -135,12 +136,14 @@ def rewritten(source: Source, target: str) -> set[str]:
     """Keys of what a start writes anew.
 
     These are weight and bias where it matches moments other than the channel's, and running
-    statistics that one of the two keeps in terms of its own.
+    statistics that one of the two keeps in terms of its own, or that are not kept.
     """
     names = ["weight", "bias"] if matched(source, target) else []
     for norm in (source.norm, target):
         if norm in RETOLD:
             names += [*RETOLD[norm], "running_var"]
+    if target in FORGETTING:
+        names += ["running_mean", "running_var", "num_batches_tracked"]
     return {f"norm{i}.{name}" for i in (1, 2) for name in names}
 
 

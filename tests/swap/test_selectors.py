@@ -58,6 +58,7 @@ DEFAULTS = {
     "sn": BATCH,
     "l1_bn": BATCH,
     "lcn": BATCH,
+    "an_wang": BATCH,
     "rn_l": BATCH,
     "iter_norm": BATCH,
     "cn": BATCH,
