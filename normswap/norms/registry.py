@@ -28,6 +28,7 @@ from normswap.norms import (
     layer,
     local_context,
     mean_deviation,
+    power,
     region,
     rms,
     scale,
@@ -66,6 +67,7 @@ _ENTRIES: dict[str, NormEntry] = {
         attentive,
         dynamic,
         scale,
+        power,
         identity,
         fold,
     )

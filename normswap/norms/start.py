@@ -187,7 +187,8 @@ def _fidelity(
     if known and rewritable and eps == state.eps and theirs.over == "running" and representable:
         always = rule.train == ours and state.rule.train == theirs
         return Fidelity.EXACT if always else Fidelity.EVAL
-    expects = ours.measures or ours.over == "curve"
+    otherwise = ours.over == "running" and ours != theirs
+    expects = ours.measures or ours.over == "curve" or otherwise
     matchable = known and (expects or theirs.over == "mixture")
     if matchable and (rewritable or (carry == "auto" and _is_identity(ours, state, eps))):
         return Fidelity.MATCHED

@@ -33,6 +33,7 @@ class Beyond:
     options: Mapping[str, Any] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] = tuple(SHAPES)
     autograd: bool = True
+    one_graph: bool = True
     spread: float = 1.0
 
     def build(self, dim: int = 2) -> nn.Module:
@@ -110,6 +111,14 @@ BEYOND = [
             (16, False, {}),
             (3, False, {"num_regions": 3}),
             (2, True, {"num_regions": 2, "official": True}),
+        )
+    ),
+    *(
+        Beyond("power_norm", formula, options, autograd=False, one_graph=False)
+        for formula, options in (
+            (beyond.power_norm(10_000), {}),
+            (beyond.power_norm(2), {"warmup": 2}),
+            (beyond.power_norm(0, group_scale=False), {"warmup": 0, "group_scale": False}),
         )
     ),
     Beyond("iter_norm", beyond.iterative_norm(1)),

@@ -15,7 +15,7 @@ from normswap.errors import CannotConvert, NormSwapError, OptionError, UnknownNo
 
 NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d", "identity"]
 NAMES += ["dyt", "derf", "scale_norm", "l1_bn", "iter_norm", "lcn", "rn_l"]
-NAMES += ["an_wang"]
+NAMES += ["an_wang", "power_norm"]
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,39 @@ def attentive_norm(regions: int, *, official: bool = False) -> Formula:
     return formula
 
 
+def power_norm(warmup: int, *, group_scale: bool = True) -> Formula:
+    """Shen et al. 2020 as in the released code; its backward is a hook on what is normalized."""
+
+    def formula(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+        if group_scale:
+            x = x / ((x**2).sum(1, keepdim=True) / x.shape[1] + 1e-5) ** 0.5
+        kept = buffers["running_square"]
+        if not training:
+            return scaled(x / along(kept + 1e-5, x) ** 0.5, parameters)
+        every = (0, *range(2, x.ndim))
+        square = (x.detach() ** 2).mean(every)
+        step = int(buffers["num_batches_tracked"]) + 1
+        used = square if step <= warmup else kept
+        z = (x.detach() / along(used + 1e-5, x) ** 0.5).requires_grad_()
+
+        def backward(dz: Tensor) -> Tensor:
+            slope = buffers["running_slope"]
+            corrected = dz - (1 - 0.9) * along(slope, z) * z.detach()
+            buffers["running_slope"] = slope + (corrected * z.detach()).mean(every)
+            return corrected / along(square + 1e-5, x) ** 0.5
+
+        if step < warmup:
+            kept = kept * (step - 1) / step + square / step
+        buffers["running_square"] = 0.9 * kept + 0.1 * square
+        buffers["num_batches_tracked"] = torch.tensor(step)
+        # Its value is that of z, its derivative one: the hook makes of that what the paper does.
+        through = x - x.detach() + z.detach()
+        through.register_hook(backward)
+        return scaled(through, parameters)
+
+    return formula
+
+
 def follow(buffers: Tensors, momentum: float = 0.1, **measured: Tensor) -> None:
     """Move what is kept towards what was measured, and count."""
     for name, new in measured.items():

@@ -76,6 +76,7 @@ DEFAULTS = {
     "dyt": LAYER,
     "derf": LAYER,
     "scale_norm": LAYER,
+    "power_norm": LAYER,
     "identity": BATCH | GROUP | LAYER,
 }
 
