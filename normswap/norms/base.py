@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Norm", "place", "rearranged", "restored"]
 
 
-def rearranged(x: Tensor, channel_dim: int, native_dim: int) -> Tensor:
+def rearranged(x: Tensor, channel_dim: int, native_dim: int, *, flat: bool = True) -> Tensor:
     """View an input with its channels at ``channel_dim`` so that a norm finds them.
 
     No copy is made of a contiguous input.
@@ -25,9 +25,10 @@ def rearranged(x: Tensor, channel_dim: int, native_dim: int) -> Tensor:
         channel_dim: where its channels are, 1 or -1.
         native_dim: where the norm wants them. 1 gives (N, C, L), or (N, C) where there is no
             more: what follows the channels is one dimension. -1 gives (N, ..., C).
+        flat: whether positions become one dimension; else 1 gives (N, C, ...).
     """
     moved = x.movedim(channel_dim, native_dim)
-    return moved.flatten(2) if native_dim == 1 and moved.ndim > 2 else moved
+    return moved.flatten(2) if flat and native_dim == 1 and moved.ndim > 2 else moved
 
 
 def restored(y: Tensor, x: Tensor, channel_dim: int, native_dim: int) -> Tensor:
@@ -42,6 +43,7 @@ class Norm(nn.Module):
         channel_dim: the input's channel dimension, 1 or -1.
         flattens: whether what follows the channels is seen as one dimension.
         native_dim: where the torch norm expects the channels, 1 or -1.
+        spatial: whether positions keep their dimensions always, as neighbours matter.
         tail: names of the children that run after the norm, in order: a fused dropout or
             activation that the layer it replaces had.
         site_path: where the layer stands in the model that it was put into, for error messages.
@@ -52,6 +54,7 @@ class Norm(nn.Module):
     channel_dim: int = 1
     native_dim: int = 1
     flattens: bool = False
+    spatial: bool = False
     tail: tuple[str, ...] = ()
     site_path: str = ""
     own: tuple[str, ...] = ()
@@ -70,10 +73,11 @@ class Norm(nn.Module):
         """Normalize the input, of any shape with ``num_features`` channels at ``channel_dim``."""
         x = input  # torch's name, which callers may use
         here, native = self.channel_dim, self.native_dim
-        if here == native and not self.flattens:
+        if here == native and (self.spatial or not self.flattens):
             y = self.normalize(x)
         else:
-            y = restored(self.normalize(rearranged(x, here, native)), x, here, native)
+            moved = rearranged(x, here, native, flat=not self.spatial)
+            y = restored(self.normalize(moved), x, here, native)
         for name in self.tail:
             y = getattr(self, name)(y)
         return y

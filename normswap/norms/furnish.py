@@ -55,10 +55,12 @@ def furnish(state: NormState, start: Start) -> Furnished:
             module.register_parameter(name, _parameter(own, frozen=start.frozen))
     for name in start.running:
         own = None if start.fresh else getattr(state, name)
-        if own is not None:
+        if own is not None and state.retold:
+            own = own.detach().clone()
+        elif own is not None:
             carried.add(name)
         module.register_buffer(name, _fresh(name, state) if own is None else own)
-    for name, value in values.items():
+    for name, value in (*values.items(), *start.kept().items()):
         _fill(module, name, value)
     for flag, setting in (
         ("affine", bool(start.affine)),

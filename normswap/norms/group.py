@@ -6,6 +6,7 @@ Wu and He, "Group Normalization", ECCV 2018, arXiv 1803.08494.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
 
-__all__ = ["ENTRIES", "MAP_SOURCES", "GroupNorm", "default_groups"]
+__all__ = ["ENTRIES", "MAP_SOURCES", "GroupNorm", "chosen_groups", "default_groups"]
 
 #: Families of feature maps: what norms of one sample's map convert when not told otherwise.
 MAP_SOURCES = frozenset({"batch_norm", "group_norm", "instance_norm"})
@@ -62,7 +63,7 @@ def start_group_norm(
     affine: bool | None = None,
 ) -> Start:
     """Start a GroupNorm; from running statistics its affine is moment-matched, without data."""
-    groups = _groups(state.num_features, num_groups, channels_per_group)
+    groups = chosen_groups(state.num_features, num_groups, channels_per_group)
     channels = state.num_features // groups
 
     def shell() -> nn.Module:
@@ -81,7 +82,18 @@ def start_group_norm(
     return begin(state, shell, rule, carry=carry, eps=eps, affine=affine, note=note)
 
 
-def _groups(num_features: int, num_groups: int | None, channels_per_group: int | None) -> int:
+def chosen_groups(
+    num_features: int,
+    num_groups: int | None,
+    channels_per_group: int | None,
+    *,
+    default: Callable[[int], int] = default_groups,
+) -> int:
+    """How many groups there are to be, by either option or by a default for the channels.
+
+    Raises:
+        OptionError: both options are given, or one that does not divide.
+    """
     if num_groups is not None and channels_per_group is not None:
         raise OptionError("num_groups and channels_per_group exclude each other: give one of them")
     for name, size in (("num_groups", num_groups), ("channels_per_group", channels_per_group)):
@@ -95,7 +107,7 @@ def _groups(num_features: int, num_groups: int | None, channels_per_group: int |
                 "channels, or this layer by skip="
             )
         return size if name == "num_groups" else num_features // size
-    return default_groups(num_features)
+    return default(num_features)
 
 
 def read_group_norm(module: nn.Module) -> NormState:

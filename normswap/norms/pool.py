@@ -12,7 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["BATCH", "NOTHING", "POSITION", "RUNNING", "Pool", "Rule", "per_group"]
+__all__ = ["BATCH", "NOTHING", "POSITION", "RUNNING", "Curve", "Pool", "Rule", "per_group"]
+
+#: See `Pool`.
+Over = Literal["batch", "group", "position", "running", "mixture", "nothing", "curve", "whitening"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Pool:
             consecutive channels, per sample. ``"position"``: over C, per sample and position.
             ``"running"``: nothing is pooled, the running statistics are used. ``"mixture"``:
             the statistics are a mean of those of ``shares``. ``"nothing"``: the input is not
-            standardized at all.
+            standardized at all. ``"curve"``: a fixed function of each value, see `Curve`.
+            ``"whitening"``: what was kept of covariances is used.
         channels: channels in a group; 1 is instance normalization, C is layer normalization.
         centred: whether the mean is subtracted; without it the statistic is the mean square.
         shares: of a mixture, the pools with their weights in its mean and in its variance.
@@ -34,7 +38,7 @@ class Pool:
             the channels'.
     """
 
-    over: Literal["batch", "group", "position", "running", "mixture", "nothing"]
+    over: Over
     channels: int = 1
     centred: bool = True
     shares: tuple[tuple[Pool, float, float], ...] = ()
@@ -120,6 +124,42 @@ class Pool:
             spread = var.mean() * (1 - 1 / len(var)) + mean.var(correction=0)
             return mean.mean().expand_as(mean), spread.expand_as(var)
         return mean, var
+
+    def divisor(self, var: Tensor, eps: float) -> Tensor:
+        """What a norm of this pool divides by where it measures a variance."""
+        return (var + eps).sqrt()
+
+
+@dataclass(frozen=True)
+class Curve(Pool):
+    """No statistics but an elementwise function: ``curve(slope · x + shift)``.
+
+    Args:
+        curve: which function.
+        slope: what the input is multiplied by.
+        shift: what is added then.
+        rise: the function's own derivative at zero.
+    """
+
+    over: Over = "curve"
+    curve: str = "linear"
+    slope: float = 1.0
+    shift: float = 0.0
+    rise: float = 1.0
+
+    @property
+    def linear(self) -> bool:
+        """Whether gain and offset make any other gain and offset of it."""
+        return self.curve == "linear"
+
+    def expected(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistics whose standardization has the function's derivative at zero."""
+        flat = 1 / (self.slope * self.rise)
+        return torch.zeros_like(mean), torch.full_like(var, flat * flat)
+
+    def divisor(self, var: Tensor, eps: float) -> Tensor:
+        """What its derivative at zero divides by; there is no eps."""
+        return var.sqrt()
 
 
 BATCH = Pool("batch")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import CannotConvert
 from normswap.norms.beside import Beside
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.pool import RUNNING, Pool, Rule
+from normswap.norms.pool import RUNNING, Curve, Pool, Rule
 from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
@@ -42,6 +42,7 @@ class Start:
         note: what the user should know, for the plan and the report.
         fresh: whether the running statistics begin anew although the source has some.
         pool: what is pooled when the norm measures its input.
+        kept: values of running statistics that the shell keeps in terms of its own, by name.
         beside: what has to be rewritten in a neighbouring layer.
     """
 
@@ -54,6 +55,7 @@ class Start:
     note: str = ""
     fresh: bool = False
     pool: Pool | None = None
+    kept: Callable[[], Mapping[str, Tensor]] = dict
     beside: Beside | None = None
 
     @property
@@ -75,6 +77,7 @@ def begin(
     note: str = "",
     counts: tuple[float, float] = (1.0, 1.0),
     own: tuple[str, ...] = (),
+    kept: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Start:
     """Answer for a norm whose output is ``weight · (x - mean) / sqrt(var + eps) + bias``.
 
@@ -95,6 +98,8 @@ def begin(
         note: what the user should know.
         counts: what the target multiplies weight and bias by, as it starts.
         own: parameters that the target has beside weight and bias, and learns.
+        kept: gives the source's running statistics in the terms in which the target keeps them,
+            where those are not the shared ones.
 
     Raises:
         CannotConvert: the affine is not per channel, or has to be rewritten and cannot be.
@@ -130,6 +135,9 @@ def begin(
         notes.append(f"all but {rest:.1g} of its statistics are the running ones")
     if running and state.kind and (carry == "fresh" or not state.tracks):
         notes.append("running statistics begin at 0 and 1: run normswap.warmup")
+    known = state.tracks and carry != "fresh"
+    if kept is not None and state.kind and not known:
+        notes.append("running statistics begin anew: train before evaluating")
     gained = [*(name for name in names if getattr(state, name) is None), *own]
     if state.kind and gained:
         notes.append(f"gains {', '.join(gained)}, which no optimizer knows yet")
@@ -143,6 +151,7 @@ def begin(
         note="; ".join(notes),
         fresh=carry == "fresh",
         pool=rule.train if rule.train.measures else None,
+        kept=kept if kept is not None and known else dict,
     )
 
 
@@ -174,9 +183,13 @@ def _fidelity(
         return Fidelity.NEAR
     known = state.tracks and state.rule.eval.over in ("running", "mixture")
     ours, theirs = rule.eval, state.rule.eval
-    if known and rewritable and eps == state.eps and ours.over == theirs.over == "running":
-        return Fidelity.EVAL
-    matchable = known and (ours.measures or theirs.over == "mixture")
+    representable = ours.over == "running" or (isinstance(ours, Curve) and ours.linear)
+    if known and rewritable and eps == state.eps and theirs.over == "running" and representable:
+        always = rule.train == ours and state.rule.train == theirs
+        return Fidelity.EXACT if always else Fidelity.EVAL
+    otherwise = ours.over == "running" and ours != theirs
+    expects = ours.measures or ours.over == "curve" or otherwise
+    matchable = known and (expects or theirs.over == "mixture")
     if matchable and (rewritable or (carry == "auto" and _is_identity(ours, state, eps))):
         return Fidelity.MATCHED
     return Fidelity.AFFINE
@@ -234,10 +247,10 @@ def _match(
         offset = torch.zeros_like(mean) if state.bias is None else state.bias.to(work)
         expected_mean, expected_var = pool.expected(mean, var)
         mean, var = state.rule.eval.expected(mean, var)
-        slope = state.counts[0] * gain * (var + state.eps).rsqrt()
+        slope = state.counts[0] * gain / state.rule.eval.divisor(var, state.eps)
         offset = state.counts[1] * offset + slope * (expected_mean - mean)
         dtype = state.reference().dtype
         return {
-            "weight": (slope * (expected_var + eps).sqrt() / counts[0]).to(dtype),
+            "weight": (slope * pool.divisor(expected_var, eps) / counts[0]).to(dtype),
             "bias": (offset / counts[1]).to(dtype),
         }

@@ -48,6 +48,8 @@ class NormState:
         running_mean: mean (C,), or ``None`` where none is tracked.
         running_var: unbiased variance (C,), likewise.
         num_batches_tracked: a long scalar, likewise.
+        retold: whether the norm keeps its running statistics in terms of its own, so that those
+            above are computed, and another norm takes copies of them.
         dim: number of dimensions after the channels that the class accepts (0 or more), where
             the class, the producer or an example tells; ``None`` where nothing does.
         channel_dim: where the channels are in the input: 1, or -1 for token layouts.
@@ -75,6 +77,7 @@ class NormState:
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     num_batches_tracked: Tensor | None = None
+    retold: bool = False
     dim: int | None = None
     channel_dim: int = 1
     flattens: bool = False

@@ -59,14 +59,18 @@ def choose(model: nn.Module, where: Selector | None) -> tuple[list[NormSite], di
 
 
 def _updates(site: NormSite) -> bool:
-    """Whether the norm's class ever updates running statistics."""
+    """Whether the norm's class ever updates running statistics that a pass can write."""
     module: Any = site.module
+    if site.state.retold:
+        return False
     return site.state.rule.train.measures and hasattr(module, "momentum")
 
 
 def _reason_to_leave(site: NormSite, *, training: bool) -> str:
     if site.owner is not None:
         return 'a call in a forward: convert it, say to "sync_bn", to have it measured'
+    if site.state.retold:
+        return "keeps more than a mean and a variance, so that only training updates it"
     if not _updates(site):
         return 'frozen by its class, and measures nothing until it is converted to "bn"'
     if not getattr(site.module, "track_running_stats", True):

@@ -14,6 +14,8 @@ import normswap
 from normswap.errors import CannotConvert, NormSwapError, OptionError, UnknownNorm
 
 NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d", "identity"]
+NAMES += ["dyt", "derf", "scale_norm", "l1_bn", "iter_norm", "lcn", "rn_l"]
+NAMES += ["an_wang", "power_norm"]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,12 @@ NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d",
         ("instance_norm", "in"),
         ("layer_norm", "ln"),
         ("rms_norm", "rms"),
+        ("dynamic_tanh", "dyt"),
+        ("dynamic_erf", "derf"),
+        ("l1_batch_norm", "l1_bn"),
+        ("local_context_norm", "lcn"),
+        ("region_norm_learned", "rn_l"),
+        ("iterative_normalization", "iter_norm"),
     ],
 )
 def test_the_long_name_means_the_same(alias: str, name: str) -> None:

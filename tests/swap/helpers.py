@@ -118,11 +118,19 @@ HALVES = ("ibn",)
 #: All that keep running statistics by themselves.
 KEEPING = (*TRACKING, *MIXTURES, *HALVES)
 
-#: Norms that measure a sample's channels alone, if at all, so that a match changes nothing.
-SINGLE = ("in", "cn", *HALVES)
+#: Norms that measure channels alone, if at all, so that a match changes nothing.
+SINGLE = ("in", "cn", "rn_l", *HALVES)
+
+#: Norms that evaluate as running statistics did, and keep none.
+FORGETTING = ("an_wang",)
 
 #: Norms that start or end as another only with another weight.
-RESCALED = ("ebn", "iebn")
+RESCALED = ("ebn", "iebn", "an_wang")
+#: Norms that evaluate with running statistics and keep them in terms of their own: what they keep.
+RETOLD = {
+    "l1_bn": ("running_mean", "num_batches_tracked", "running_scale"),
+    "iter_norm": ("running_mean", "num_batches_tracked", "running_wm"),
+}
 
 #: Parameters that a norm has beside weight and bias, and that no other norm takes over.
 OWN = {
@@ -130,6 +138,11 @@ OWN = {
     "bin": ("gate",),
     "adaptive_bn": ("input_weight", "norm_weight"),
     "iebn": ("gate_weight", "gate_bias"),
+    "an_wang": (
+        *("key_weight", "key_bias", "query_weight", "query_bias", "value_weight", "value_bias"),
+        *("share_weight", "share_scale", "residual"),
+    ),
+    "rn_l": ("region_weight", "gain_weight", "gain_bias", "offset_weight", "offset_bias"),
 }
 
 #: Norms that, once trained, are like no other norm.
@@ -204,7 +217,7 @@ def matched(source: Source, target: str) -> bool:
         return True
     if source.norm in HALVES and target in MIXTURES:
         return True
-    return source.norm in MIXTURES or target not in (*KEEPING, *SINGLE)
+    return source.norm in MIXTURES or target not in (*KEEPING, *RETOLD, *SINGLE)
 
 
 def changing(source: Source, target: str) -> bool:

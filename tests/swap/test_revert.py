@@ -15,9 +15,11 @@ import normswap
 from tests.swap.helpers import (
     COPIES,
     FEW,
+    FORGETTING,
     HOOKS,
     OWN,
     RESCALED,
+    RETOLD,
     SOURCES,
     TARGETS,
     TRACKING,
@@ -131,9 +133,18 @@ def test_values_that_the_start_rewrote_come_back(source: Source, target: str) ->
 
 
 def rewritten(source: Source, target: str) -> set[str]:
-    """Keys of the tensors that moment matching writes to: weight and bias, unless per channel."""
-    names = {f"norm{i}.{name}" for i in (1, 2) for name in ("weight", "bias")}
-    return names if matched(source, target) else set()
+    """Keys of what a start writes anew.
+
+    These are weight and bias where it matches moments other than the channel's, and running
+    statistics that one of the two keeps in terms of its own, or that are not kept.
+    """
+    names = ["weight", "bias"] if matched(source, target) else []
+    for norm in (source.norm, target):
+        if norm in RETOLD:
+            names += [*RETOLD[norm], "running_var"]
+    if target in FORGETTING:
+        names += ["running_mean", "running_var", "num_batches_tracked"]
+    return {f"norm{i}.{name}" for i in (1, 2) for name in names}
 
 
 def test_training_in_the_middle_of_a_chain() -> None:

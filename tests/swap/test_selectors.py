@@ -56,6 +56,11 @@ DEFAULTS = {
     "frozen_bn": BATCH,
     "ghost_bn": BATCH,
     "sn": BATCH,
+    "l1_bn": BATCH,
+    "lcn": BATCH,
+    "an_wang": BATCH,
+    "rn_l": BATCH,
+    "iter_norm": BATCH,
     "cn": BATCH,
     "ebn": BATCH,
     "bin": BATCH,
@@ -68,11 +73,15 @@ DEFAULTS = {
     "ln2d": BATCH | GROUP | LAYER,
     "rms": LAYER,
     "rms2d": BATCH | GROUP | LAYER,
+    "dyt": LAYER,
+    "derf": LAYER,
+    "scale_norm": LAYER,
+    "power_norm": LAYER,
     "identity": BATCH | GROUP | LAYER,
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sorted({*TARGETS, *DEFAULTS}))
 def test_the_default_sources_of_a_target(target: str) -> None:
     assert chosen(target) == DEFAULTS[target]
 

@@ -44,7 +44,8 @@ class Candidate:
     @property
     def needs_statistics(self) -> bool:
         """Whether it keeps running statistics that its original had none to give."""
-        return self.site.state.tracks and "running_mean" not in self.record.carried
+        state = self.site.state
+        return state.tracks and not state.retold and "running_mean" not in self.record.carried
 
 
 def affine_of(norm: nn.Module) -> dict[str, Tensor]:
@@ -106,6 +107,8 @@ def _obstacle(each: Candidate, owners: Counter[int]) -> str:
         return "its original is a call in a forward, whose output nothing shows"
     if "weight" not in affine:
         return "it has no gain to fit"
+    if each.site.state.retold and each.record.fidelity.rank > Fidelity.NEAR.rank:
+        return "it keeps more than a mean and a variance, which only training measures"
     if parametrize.is_parametrized(each.site.module):
         return "its affine is computed by a parametrization"
     if any(tensor.shape != (each.site.num_features,) for tensor in affine.values()):
