@@ -20,7 +20,7 @@ from normswap.graph.site import NormSite
 from normswap.norms.batch import SynchronizedBatchNorm
 from normswap.norms.measured import MeasuredNorm
 from normswap.stats.accumulate import Batch, precise
-from normswap.stats.moments import FAR, FAR_IN_DOUBLE, refined
+from normswap.stats.moments import FAR, FAR_IN_DOUBLE, channel_moments, refined
 from normswap.stats.probe import Probe
 
 __all__ = ["UNTOUCHED", "Meter", "Receive"]
@@ -53,6 +53,10 @@ class Meter(Probe):
         self._receive = receive
         self._alone: Tensor | None = None
         self._told = False
+        # Whether a call may leave its input as another: nobody knows before the first.
+        self._overwrites = True
+        self._version: int | None = None
+        self._aside: tuple[Tensor, Tensor] | None = None
 
     def attributes(self) -> dict[str, Any]:
         """Momentum 1 and train mode; and ranks that do not wait for each other in forward."""
@@ -97,6 +101,10 @@ class Meter(Probe):
             var.fill_(1.0)
             mean.copy_(x.detach().movedim(self.site.channel_dim, 1).reshape(-1))
             self._alone = precise(mean)
+        self._version = _version(x)
+        self._aside = None
+        if self._overwrites and self._is_coarse(x):
+            self._aside = channel_moments(x.detach(), self.site.channel_dim)
 
     def after(self, x: Tensor) -> None:
         """Tell what was measured."""
@@ -108,11 +116,30 @@ class Meter(Probe):
             self._alone = None
             return self._receive(self.site, batch)
         mean, var = self.scratch
-        far = FAR_IN_DOUBLE if x.is_contiguous() else FAR
-        pools = self._count > 1 and self.site.state.rule.train.meets
-        if pools and self.distance * MARGIN > far:
-            mean, var = refined(x, self.site.channel_dim, precise(mean), precise(var), far=far)
+        self._overwrites = self._version is None or _version(x) != self._version
+        if self._is_coarse(x):
+            if not self._overwrites:
+                coarse = precise(mean), precise(var)
+                mean, var = refined(x, self.site.channel_dim, *coarse, far=_far(x))
+            elif self._aside is not None:
+                mean, var = self._aside
+        self._aside = None
         self._receive(self.site, Batch(self._count, self._samples, mean, var))
+
+    def _is_coarse(self, x: Tensor) -> bool:
+        """Whether what the norm measures of x may be too coarse, by what is known before."""
+        pools = self._count > 1 and self.site.state.rule.train.meets
+        return pools and x.dtype != torch.float64 and self.distance * MARGIN > _far(x)
+
+
+def _far(x: Tensor) -> float:
+    """How many standard deviations from zero torch's own measurement of x holds out."""
+    return FAR_IN_DOUBLE if x.is_contiguous() else FAR
+
+
+def _version(x: Tensor) -> int | None:
+    """A number that changes when x is overwritten; ``None`` where torch counts nothing."""
+    return None if x.is_inference() else x._version
 
 
 class _LocalForward:
