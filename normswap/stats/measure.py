@@ -41,14 +41,17 @@ class Meter(Probe):
     Args:
         site: where the norm is.
         receive: what is told of every call.
+        plain: measure the batch's mean and unbiased variance, whatever the norm divides by; else
+            what it keeps in training.
 
     Attributes:
         distance: how many standard deviations from zero its inputs are, as far as is known: far
             from there it measures too coarsely, and what it measured is looked at.
     """
 
-    def __init__(self, site: NormSite, receive: Receive) -> None:
+    def __init__(self, site: NormSite, receive: Receive, *, plain: bool = True) -> None:
         super().__init__(site)
+        self._plain = plain or not isinstance(self.module, MeasuredNorm)
         self.distance = math.inf
         self._receive = receive
         self._alone: Tensor | None = None
@@ -63,7 +66,7 @@ class Meter(Probe):
         module = self.site.module
         measures: dict[str, Any] = {"momentum": 1.0, "training": True}
         if isinstance(module, MeasuredNorm):
-            return measures | {"sync": False, "plain_statistics": True}
+            return measures | {"sync": False, "plain_statistics": self._plain}
         if not (dist.is_available() and dist.is_initialized()):
             return measures
         if isinstance(module, SynchronizedBatchNorm):
@@ -128,7 +131,7 @@ class Meter(Probe):
 
     def _is_coarse(self, x: Tensor) -> bool:
         """Whether what the norm measures of x may be too coarse, by what is known before."""
-        pools = self._count > 1 and self.site.state.rule.train.meets
+        pools = self._plain and self._count > 1 and self.site.state.rule.train.meets
         return pools and x.dtype != torch.float64 and self.distance * MARGIN > _far(x)
 
 
