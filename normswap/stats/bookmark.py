@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normswap.errors import OptionError, StatisticsError
 from normswap.stats.gathered import Gathered
 
-__all__ = ["Bookmark", "fingerprint"]
+__all__ = ["Bookmark", "digest", "fingerprint"]
 
 #: Saving may take this share of the time.
 SHARE = 0.02
@@ -156,6 +156,11 @@ def fingerprint(model: nn.Module) -> str:
             for part in (name, *_told(tensor))
         ]
     )
+
+
+def digest(batch: Any) -> str:
+    """What tells a batch from others: a digest of its shapes and some of its values."""
+    return _digest(_told(batch))
 
 
 def _digest(parts: list[Any]) -> str:

@@ -38,7 +38,7 @@ class Gathered:
     batches: int = 0
     samples: int = 0
     left_out: list[int] = field(default_factory=list)
-    passes: int = 0
+    passes: int = 1
     convergence: Convergence = field(init=False)
 
     def __post_init__(self) -> None:

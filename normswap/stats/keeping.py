@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,10 @@ from normswap.graph.modules import find
 from normswap.graph.site import NormSite
 from normswap.norms.functional import FunctionalNorm, owner_of, referred
 
-__all__ = ["kept_modes", "preserve_stats"]
+__all__ = ["kept_attributes", "kept_modes", "kept_settings", "preserve_stats"]
+
+
+_ATTENTION = ("flash", "mem_efficient", "math")
 
 
 @contextmanager
@@ -24,6 +29,48 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def kept_attributes(model: nn.Module) -> Iterator[None]:
+    """On leaving, every module has the attributes, and every tensor in it the data, as before.
+
+    What forwards set for a while and put back when they end, such as a flag or a weight, is not
+    put back by those that are ended on their way, and in the wrong order by those that take turns.
+    """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    held = (*model.parameters(), *model.buffers())
+    tensors = [(each, each.data) for each in held if type(each) in (Tensor, nn.Parameter)]
+    try:
+        yield
+    finally:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for tensor, data in tensors:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+
+
+@contextmanager
+def kept_settings() -> Iterator[None]:
+    """On leaving, what torch and Python hold for the process is as before.
+
+    That is the default precision, the ways to compute attention, and the filters of warnings: what
+    a forward may set for a while, as with `kept_attributes`.
+    """
+    dtype = torch.get_default_dtype()
+    cuda: Any = torch.backends.cuda
+    ways = {
+        way: getattr(cuda, f"{way}_sdp_enabled")() for way in ("flash", "mem_efficient", "math")
+    }
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for way, enabled in ways.items():
+            getattr(cuda, f"enable_{way}_sdp")(enabled)
 
 
 @contextmanager

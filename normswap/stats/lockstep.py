@@ -98,6 +98,8 @@ class Lockstep:
         self._free: deque[tuple[_Forward, Any]] = deque()
         #: the number of the forward that is running or ran last, and the meetings it has come to
         self.index, self.met = -1, 0
+        #: the number of a forward of which is kept what it brings, and that by meeting
+        self.witness, self.testimony = -1, dict[Key, Any]()
 
     def __enter__(self) -> Lockstep:
         return self
@@ -137,6 +139,9 @@ class Lockstep:
         if key is None:
             return False
         forwards = self._waiting.pop(key, [])
+        for forward in forwards:
+            if forward.index == self.witness:
+                self.testimony[key] = forward.brought
         self._free.extend((forward, key) for forward in forwards)
         self._answers[key] = settle(key, [forward.brought for forward in forwards])
         came = frozenset(forward.index for forward in forwards)

@@ -11,7 +11,7 @@ every norm from the start up to it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import StatisticsError
 from normswap.graph.site import NormSite
 from normswap.stats.accumulate import Batch
 from normswap.stats.batchwise import accumulator_for
@@ -32,8 +31,9 @@ from normswap.stats.lockstep import Lockstep
 from normswap.stats.measure import Meter
 from normswap.stats.meetings import Meetings
 from normswap.stats.probe import Probe, probing
+from normswap.stats.rereading import Rereading
 from normswap.stats.shelf import Shelf
-from normswap.stats.trial import Trial, rounding
+from normswap.stats.trial import Trial, brings_alone, rounding
 
 __all__ = ["population"]
 
@@ -71,17 +71,11 @@ def population(
             disturb each other and the loader cannot be read again, or the bookmark is of another
             pass.
     """
-    start = partial(_Pass, model, sites, feed, group, bookmark, skip_nonfinite)
+    start = partial(_Pass, model, sites, feed, group, bookmark, Rereading(), skip_nonfinite)
     try:
         return start(memory, side_by_side=True).run()
     except _Disturbed:
-        if isinstance(feed.loader, Iterator):
-            raise StatisticsError(
-                "forwards of this model disturb each other: what one keeps on the model while it "
-                "waits at a norm, the next overwrites; so each has to run alone, which takes "
-                "reading the loader once for every norm, and this one can be read only once; "
-                'give one that can be read again, or use method="pooled"'
-            ) from None
+        bookmark.remove()  # what it says so far may be wrong
     return start(sys.maxsize, side_by_side=False).run()
 
 
@@ -99,18 +93,20 @@ class _Pass:
         feed: Feed,
         group: Any,
         bookmark: Bookmark,
+        rereading: Rereading,
         skip_nonfinite: bool,
         memory: int,
         *,
         side_by_side: bool,
     ) -> None:
         self._model, self._sites, self._feed, self._group = model, sites, feed, group
-        self._bookmark, self._skip_nonfinite = bookmark, skip_nonfinite
-        self._side_by_side = side_by_side
+        self._bookmark, self._rereading = bookmark, rereading
+        self._skip_nonfinite, self._side_by_side = skip_nonfinite, side_by_side
         dtypes = {site.state.reference().dtype for site in sites}
-        apart = rounding(dtypes, amp=bool(feed.amp))
-        self._trial = Trial(self._apart, apart) if side_by_side else None
-        self._shelf = Shelf(memory)
+        self._rounding = rounding(dtypes, amp=bool(feed.amp))
+        self._trial = Trial(self._apart, self._rounding) if side_by_side else None
+        self._witness: Any = None
+        self._shelf = Shelf(memory, model)
         self._meetings = Meetings(sites, bookmark, group)
         self._lockstep = Lockstep(
             self._shelf,
@@ -131,7 +127,7 @@ class _Pass:
             feed.forward is None and all(self._waits) and all(site.certainly_once for site in sites)
         )
         self._nothing = partial(Gathered, lambda path: accumulator_for(by_path[path], "pooled"))
-        self._gathered = self._nothing()
+        self._gathered = self._nothing(passes=0)
 
     def run(self) -> Gathered:
         """Run all forwards; return what was seen, norm by norm.
@@ -150,6 +146,8 @@ class _Pass:
                         break
                     else:
                         self._lockstep.go_on()
+                if self._side_by_side and anywhere(self._is_refuted(), self._group):
+                    raise _Disturbed
         finally:
             self._shelf.clear()
         return self._result()
@@ -158,10 +156,12 @@ class _Pass:
         """Read the loader, each batch up to the first norm that is not final."""
         self._gathered = self._nothing(passes=self._gathered.passes + 1)
         self._bookmark.rewind()
+        self._rereading.rewind()
         disturbed = False
         with closing(iter(self._feed)) as batches:
             for index, batch in enumerate(batches):
                 self._bookmark.turn(batch)
+                self._rereading.turn(batch)
                 kept = self._start(batch, index)
                 self._gathered.count(index, batch_size(batch), kept=kept)
                 if kept and self._trial is not None:
@@ -172,18 +172,39 @@ class _Pass:
         if self._trial is not None and anywhere(disturbed, self._group):
             raise _Disturbed
         self._bookmark.close()
+        self._rereading.close()
 
     def _start(self, batch: Any, index: int) -> bool:
         """Start a batch's forward; return whether the batch is sound."""
+        if self._witness is None and self._side_by_side and batch_size(batch):
+            self._witness = mapped(batch, Tensor.clone)
+            self._lockstep.witness = index
         try:
             self._lockstep.start(self._forward(batch), index)
         except NotFinite:
+            if self._lockstep.witness == index:
+                self._witness = None
             self._passing.clear()
             if not self._skip_nonfinite or self._lockstep.met > 1:
                 raise
             return False
         self._take_passing()
         return True
+
+    def _is_refuted(self) -> bool:
+        """Whether the first forward brings other things when it runs alone."""
+        if self._gathered.batches < 2 or not self._lockstep.testimony:
+            return False
+        self._take_passing()
+        try:
+            return not brings_alone(
+                partial(self._apart, self._witness),
+                self._meetings.answers(),
+                self._lockstep.testimony,
+                self._rounding,
+            )
+        finally:
+            self._passing.clear()
 
     def _forward(self, batch: Any) -> Callable[[], None]:
         """A forward on a batch of its own, which nobody else holds or is changed by it."""

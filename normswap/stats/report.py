@@ -47,6 +47,8 @@ class WarmupReport(Listing[Drift]):
         samples: samples read on this rank.
         skipped: batches left out because of values that are not finite.
         seconds: how long it took.
+        passes: how often the loader was read: more than once where forwards of the model disturb
+            each other, so that each had to run alone.
         tol: the tolerance that was asked for.
         convergence: how well the statistics were known on the way, as far as the method tells.
     """
@@ -63,6 +65,7 @@ class WarmupReport(Listing[Drift]):
         samples: int,
         skipped: int,
         seconds: float,
+        passes: int = 1,
         tol: float | None = None,
         convergence: Sequence[Point] = (),
     ) -> None:
@@ -72,6 +75,7 @@ class WarmupReport(Listing[Drift]):
         self.samples = samples
         self.skipped = skipped
         self.seconds = seconds
+        self.passes = passes
         self.tol = tol
         self.convergence = tuple(convergence)
 
@@ -100,9 +104,10 @@ class WarmupReport(Listing[Drift]):
     def summary(self) -> str:
         """How many norms from how much data, how long it took, and how well they are known."""
         skipped = f", {self.skipped} batches skipped" if self.skipped else ""
+        alone = f", each run alone and read {self.passes} times" if self.passes > 1 else ""
         return (
             f"{self.method}: {len(self.estimated)} of {len(self)} norms from {self.samples} "
-            f"samples in {self.batches} batches{skipped}, {self.seconds:.1f} s, "
+            f"samples in {self.batches} batches{skipped}{alone}, {self.seconds:.1f} s, "
             f"{rate(self.samples_per_second, 'samples')}{self._tolerance()}"
         )
 
@@ -111,7 +116,15 @@ class WarmupReport(Listing[Drift]):
 
         ``None`` stands for numbers that are not finite, as where the old statistics were not.
         """
-        names = ("method", "batches", "samples", "skipped", "seconds", "samples_per_second")
+        names = (
+            "method",
+            "batches",
+            "samples",
+            "skipped",
+            "seconds",
+            "passes",
+            "samples_per_second",
+        )
         told: dict[str, Any] = strict(
             {
                 **{name: getattr(self, name) for name in (*names, "tol", "samples_needed")},

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from torch import UntypedStorage
+from torch import UntypedStorage, nn
 
 from normswap.stats.heap import Heap
 from normswap.stats.overflow import Overflow
-from normswap.stats.watch import Watch
+from normswap.stats.watch import Watch, kept_on
 
 __all__ = ["Holder", "Shelf"]
 
@@ -52,10 +52,12 @@ class Shelf:
 
     Args:
         budget: bytes that those who wait may hold in memory, all together.
+        models: what they keep on these stays in memory.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, *models: nn.Module) -> None:
         self.budget = budget
+        self._models = models
         #: bytes that those who wait hold in memory; the most that this ever was; and the bytes
         #: that went to the file
         self.resting, self.most, self.spilled = 0, 0, 0
@@ -98,19 +100,27 @@ class Shelf:
             if storage is not None:
                 self._put(lent.holder, key, storage)
         seen = 0
+        kept: set[int] | None = None
         for key, storage in holder.watch.storages():
-            seen += storage.nbytes()
-            self._put(holder, key, storage)
+            size = storage.nbytes()
+            seen += size
+            if kept is None and self._lacks_room(size):
+                kept = set[int]().union(*map(kept_on, self._models))
+            if kept is None or key not in kept:
+                self._put(holder, key, storage)
         self.most = max(self.most, self.resting)
         self._heap.look(seen)
 
     def _put(self, holder: Holder, key: int, storage: UntypedStorage) -> None:
         size = storage.nbytes()
-        if self.resting + size > self.budget and size and storage.resizable():
+        if self._lacks_room(size) and size and storage.resizable():
             self._away[key] = _Away(holder, self._overflow.put(storage), size)
             self.spilled += size
         else:
             self._keep(holder, size)
+
+    def _lacks_room(self, size: int) -> bool:
+        return self.resting + size > self.budget
 
     def _keep(self, holder: Holder, size: int) -> None:
         holder.resting += size

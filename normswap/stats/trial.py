@@ -6,7 +6,8 @@ that a hook stores for later, may be theirs when it goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import zip_longest
@@ -18,9 +19,10 @@ from torch import Tensor
 from normswap.randomness import kept_random_state, torch_states
 from normswap.stats.accumulate import Batch
 from normswap.stats.feed import batch_size, mapped
+from normswap.stats.lockstep import Key
 from normswap.stats.strand import Strand
 
-__all__ = ["Trial", "rounding"]
+__all__ = ["Trial", "brings_alone", "rounding"]
 
 #: As many samples of a batch do for a trial.
 FEW = 2
@@ -94,6 +96,55 @@ def _fails(make: Callable[[], Callable[[], object]]) -> bool:
     except Exception:
         return True
     return False
+
+
+def brings_alone(
+    run: Callable[[], Callable[[], object]],
+    answers: Mapping[Key, Any],
+    brought: Mapping[Key, Batch],
+    tolerance: float,
+) -> bool:
+    """Whether a forward brings alone what it has brought while others waited beside it.
+
+    Of a model that draws random numbers it cannot be told, and the answer is yes.
+
+    Args:
+        run: makes the forward, which has not begun.
+        answers: the statistics of each meeting.
+        brought: what it has brought, by meeting.
+        tolerance: how far statistics may differ, relative to their size.
+    """
+    with kept_random_state():
+        once = _alone(run(), answers)
+        if _agree(tolerance, once, brought):
+            return True
+        return not _agree(tolerance, _alone(run(), answers), once)
+
+
+def _alone(run: Callable[[], object], answers: Mapping[Key, Any]) -> dict[Key, Batch]:
+    """What a forward brings to each meeting that is settled."""
+    strand, calls, found = Strand(run), Counter[int](), dict[Key, Batch]()
+    try:
+        arrival = strand.advance()
+        while not strand.ended:
+            key = (arrival.place, calls[arrival.place])
+            calls[arrival.place] += 1
+            if key not in answers:
+                break
+            found[key] = arrival.bring(0)
+            arrival = strand.advance(answers[key])
+    except Exception:
+        return {}
+    finally:
+        strand.give_up()
+    return found
+
+
+def _agree(tolerance: float, one: Mapping[Key, Batch], other: Mapping[Key, Batch]) -> bool:
+    return all(
+        key in one and _same(tolerance, (key[0], one[key]), (key[0], each))
+        for key, each in other.items()
+    )
 
 
 def _brought_by_first(*runs: Callable[[], object]) -> list[tuple[int, Batch]]:

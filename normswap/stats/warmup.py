@@ -21,7 +21,7 @@ from normswap.stats.choice import choose
 from normswap.stats.distributed import failing_together, rank_of
 from normswap.stats.feed import Feed, Forward, device_of, uncompiled, unwrapped
 from normswap.stats.free_memory import half_of_free
-from normswap.stats.keeping import kept_modes
+from normswap.stats.keeping import kept_attributes, kept_modes, kept_settings
 from normswap.stats.population import population
 from normswap.stats.report import Drift, WarmupReport
 from normswap.stats.writing import write
@@ -116,6 +116,8 @@ def warmup(
         with ExitStack() as around:
             around.enter_context(torch.no_grad())
             around.enter_context(uncompiled())
+            around.enter_context(kept_settings())
+            around.enter_context(kept_attributes(inner))
             around.enter_context(kept_modes(inner))
             around.enter_context(kept_random_state())
             for module in inner.modules():
@@ -134,6 +136,7 @@ def warmup(
         samples=gathered.samples,
         skipped=len(gathered.left_out),
         seconds=time.perf_counter() - started,
+        passes=gathered.passes,
         tol=tol,
         convergence=gathered.convergence.points,
     )

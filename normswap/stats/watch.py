@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, UntypedStorage
+from torch import Tensor, UntypedStorage, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "kept_on"]
 
 #: Who has what these return reads a tensor's memory without torch: it has to stay where it is.
-_HANDS_OUT = (Tensor.__dlpack__, Tensor.untyped_storage)
+_HANDS_OUT = (Tensor.__dlpack__, Tensor.untyped_storage, Tensor.storage)
 
 
 class Watch(TorchFunctionMode):
@@ -70,6 +70,21 @@ class Watch(TorchFunctionMode):
             made = (s for s in new if s._cdata not in read)
             self._made.update((s._cdata, StorageWeakRef(s)) for s in made)  # type: ignore[no-untyped-call]
         return result
+
+
+def kept_on(model: nn.Module) -> set[int]:
+    """The keys of the storages that a model holds as attributes: what others may read any time.
+
+    Compiled code reads them without torch's functions of Python.
+    """
+    own = vars(nn.Module()).keys()
+    return {
+        storage._cdata
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in own
+        for storage in _storages((value,))
+    }
 
 
 def _storages(values: Iterable[Any]) -> list[UntypedStorage]:

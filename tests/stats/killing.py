@@ -52,10 +52,10 @@ class Spark(nn.Module):
     def __init__(self, fuse: Fuse) -> None:
         super().__init__()
         self.fuse = fuse
-        self.calls = 0
+        self.calls = [0]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls[0] += 1
         self.fuse()
         return x
 
@@ -129,7 +129,7 @@ def run(options: dict[str, Any], path: Path | None, at: int | None) -> Outcome:
         {name: _bits(buffer) for name, buffer in model.named_buffers()},
         told,
         # A population pass runs every forward again, and settles what was not final.
-        work=len(settled) if options["method"] == "population" else model[0].calls,
+        work=len(settled) if options["method"] == "population" else model[0].calls[0],
         burnt=fuse.burnt,
         left=[] if path is None else os.listdir(path.parent),
     )

@@ -58,8 +58,8 @@ def leaving_nothing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterat
     shelves: list[Shelf] = []
 
     class Noted(Shelf):
-        def __init__(self, budget: int) -> None:
-            super().__init__(budget)
+        def __init__(self, budget: int, *models: nn.Module) -> None:
+            super().__init__(budget, *models)
             shelves.append(self)
 
     monkeypatch.setattr(population, "Shelf", Noted)

@@ -114,7 +114,7 @@ def test_one_pass_is_enough() -> None:
 def test_forwards_that_disturb_each_other_take_a_loader_that_can_be_read_again() -> None:
     model = fill(Caching().double())
     before = [tensor.clone() for tensor in model.state_dict().values()]
-    with pytest.raises(StatisticsError, match=r"disturb each other.*read only once"):
+    with pytest.raises(StatisticsError, match=r"disturb each other.*there only once"):
         normswap.warmup(model, iter(cut(images(16), [8, 8])), method="population")
     assert all(map(torch.equal, before, model.state_dict().values()))
 
@@ -214,3 +214,33 @@ def test_models_of_timm(name: str) -> None:
         scale = var.sqrt() + mean.abs()
         assert float(((norms[path].running_mean - mean).abs() / scale).max()) < 1e-10
         torch.testing.assert_close(norms[path].running_var, var, rtol=1e-10, atol=1e-12)
+
+
+class Scripted(nn.Module):
+    """Compiled code, which no watch sees, reads what the first forward has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.BatchNorm1d(64), nn.BatchNorm1d(64)
+        self.scale = torch.jit.script(_product)
+        self.grid: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, 64).double()
+        return self.last(self.scale(self.first(x), self.grid))  # type: ignore[no-any-return]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a * b
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_what_is_kept_on_the_model_stays_in_memory() -> None:
+    x = values(24, 64)
+    found = []
+    for memory in (None, 0):
+        model = Scripted().double()
+        normswap.warmup(model, x.split(8), method="population", memory=memory, progress=False)
+        found.append(model.last.running_var)
+    assert torch.equal(*found)

@@ -113,9 +113,9 @@ def calibrate(
         )
     place = device_of(inner, device)
     feed = Feed(loader, batches, samples, forward, place, amp, progress, "Calibration")
-    shelf = Shelf(half_of_free(place) if memory is None else memory)
     with failing_together(group):
         converted, original, pairs = copies(inner, chosen)
+        shelf = Shelf(half_of_free(place) if memory is None else memory, converted, original)
         with torch.no_grad(), kept_random_state(), uncompiled():
             try:
                 run = _Calibration(converted, original, pairs, feed, shelf, group)
