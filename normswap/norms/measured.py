@@ -144,9 +144,18 @@ class MeasuredNorm(Norm):
             gain, offset = gain * self.weight, offset * self.weight
         return gain, offset if self.bias is None else offset + self.bias
 
-    def over_batch(
-        self, mean: Tensor, var: Tensor, positions: int, *, within: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def within(self, positions: int) -> float:
+        """A factor for each sample's variances, where a paper takes unbiased ones. Default 1.
+
+        With another factor the running variance follows what `over_batch` returns in training.
+        With 1 it follows n/(n - 1) times the variance of n values, as torch's does.
+
+        Args:
+            positions: how many values each was taken of.
+        """
+        return 1.0
+
+    def over_batch(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of the batch in training, the running statistics in eval, (C,) each.
 
         Training updates the running statistics, where there are some. With ``sync`` the batch is
@@ -155,18 +164,16 @@ class MeasuredNorm(Norm):
 
         Args:
             mean: of every sample's channel, (N, C).
-            var: its biased variance, likewise.
+            var: its biased variance, likewise; `within` is what it is multiplied by.
             positions: how many values each was taken of.
-            within: a factor for these variances, where a paper takes unbiased ones: then the
-                running variance follows what is returned. Else it follows n/(n - 1) times the
-                variance of n values, as torch's does.
 
         Raises:
             DegeneratePooling: there is a single value for each channel.
         """
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
-        values, of_channels = mean.shape[0] * positions, var * within
+        values, within = mean.shape[0] * positions, self.within(positions)
+        of_channels = var * within
         total: int | Tensor = values
         if self.sync and self.training and ranks(self.process_group) > 1:
             name = self.site_path or type(self).__name__

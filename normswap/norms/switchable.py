@@ -49,11 +49,14 @@ class SwitchableNorm(MeasuredNorm):
         self.mean_weight = nn.Parameter(_logits(kappa))
         self.var_weight = nn.Parameter(_logits(kappa))
 
+    def within(self, positions: int) -> float:
+        """What makes a channel's variance unbiased, if that is asked for."""
+        return positions / (positions - 1) if self.unbiased and positions > 1 else 1.0
+
     def rule(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Mix the statistics of channel, sample and batch."""
-        within = positions / (positions - 1) if self.unbiased and positions > 1 else 1.0
-        of_batch = self.over_batch(mean, var, positions, within=within)
-        var = var * within
+        of_batch = self.over_batch(mean, var, positions)
+        var = var * self.within(positions)
         of_sample = pooled(mean, var, 1)
         p = self.mean_weight.to(mean.dtype).softmax(0)
         q = self.var_weight.to(mean.dtype).softmax(0)

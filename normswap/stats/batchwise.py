@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from normswap.stats.bookmark import Bookmark
 from normswap.stats.distributed import all_well, merge_ranks
 from normswap.stats.feed import Feed, batch_size
 from normswap.stats.gathered import Gathered
-from normswap.stats.measure import Meter
+from normswap.stats.measure import Meter, Receive
 from normswap.stats.probe import probing
 from normswap.stats.writing import statistics_of
 
@@ -59,7 +60,8 @@ def batchwise(
     # Where the graph shows each norm called exactly once, nothing comes after the last of them.
     # Where it does not, batches may take different ways, and forwards run to the end.
     once = feed.forward is None and all(site.certainly_once for site in sites)
-    collector = _Collector(gathered, sites, most=len(sites) if once else None)
+    meters = partial(Meter, plain=method != "ema")
+    collector = _Collector(gathered, sites, meters, most=len(sites) if once else None)
     known = gathered.convergence
     with closing(_unread(feed, bookmark)) as unread, probing(collector.meters):
         while (tol is None or not known.within(tol)) and (page := next(unread, None)):
@@ -114,11 +116,19 @@ class _Collector:
     Args:
         gathered: where it counts.
         sites: the norms.
+        meter: makes what measures at a norm, and is told whom to tell.
         most: how many calls there are in a forward, if that is known; no forward goes on after.
     """
 
-    def __init__(self, gathered: Gathered, sites: list[NormSite], *, most: int | None) -> None:
-        self.meters = [Meter(site, self._receive) for site in sites]
+    def __init__(
+        self,
+        gathered: Gathered,
+        sites: list[NormSite],
+        meter: Callable[[NormSite, Receive], Meter],
+        *,
+        most: int | None,
+    ) -> None:
+        self.meters = [meter(site, self._receive) for site in sites]
         self._gathered = gathered
         self._most = most
         self._pending: list[tuple[NormSite, Batch]] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
+from collections import UserDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ __all__ = [
 Forward = Callable[[nn.Module, Any], Any]
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+#: The kinds of the parameters (*args, **kwargs).
+_ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def forward_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], di
 
 
 def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _parameters(model)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(batch)
     accepted = {name: value for name, value in batch.items() if name in parameters}
@@ -136,6 +140,17 @@ def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             f"{sorted(batch)}; give forward=f(model, batch)"
         )
     return accepted
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a model's forward takes: that of the model inside, where it hands on whatever comes."""
+    while True:
+        parameters = inspect.signature(model.forward).parameters
+        inner = model._modules.get("module")
+        if inner is None or {each.kind for each in parameters.values()} != _ANYTHING:
+            return parameters
+        # As averaged copies of a model do: torch's AveragedModel, timm's ModelEmaV3.
+        model = unwrapped(inner)
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -148,12 +163,28 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: mapped(part, change) for key, part in value.items()}
+        return _rebuilt(value, {key: mapped(part, change) for key, part in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(mapped(part, change) for part in value))
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(part, change) for part in value)
     return value
+
+
+def _rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the same type with other items; a plain one where that cannot be made.
+
+    Only of these two is it certain that a shallow copy has items of its own.
+    """
+    if type(value) is dict or not isinstance(value, (dict, UserDict)):
+        return items
+    try:
+        rebuilt: Any = copy.copy(value)
+        for key, item in items.items():
+            rebuilt[key] = item
+    except (TypeError, NotImplementedError):  # it is read-only, or made of something else
+        return items
+    return cast("Mapping[Any, Any]", rebuilt)
 
 
 def batch_size(batch: Any) -> int:

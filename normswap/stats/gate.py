@@ -14,6 +14,7 @@ from normswap.graph.site import NormSite
 from normswap.stats.accumulate import Batch, precise
 from normswap.stats.lockstep import meet
 from normswap.stats.moments import channel_moments
+from normswap.stats.own_terms import in_own_terms
 from normswap.stats.probe import Probe
 
 __all__ = ["Gate", "NotFinite", "require_finite"]
@@ -49,6 +50,7 @@ class Gate(Probe):
             nothing = precise(torch.zeros(self.site.num_features, device=x.device))
             return Batch(0, 0, nothing, nothing)
         batch = Batch(values, x.shape[0], *channel_moments(x, self.site.channel_dim))
+        batch = in_own_terms(self.site, x, batch)
         require_finite(self.site, batch, index)
         return batch
 

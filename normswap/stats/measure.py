@@ -20,7 +20,7 @@ from normswap.graph.site import NormSite
 from normswap.norms.batch import SynchronizedBatchNorm
 from normswap.norms.measured import MeasuredNorm
 from normswap.stats.accumulate import Batch, precise
-from normswap.stats.moments import FAR, FAR_IN_DOUBLE, refined
+from normswap.stats.moments import FAR, FAR_IN_DOUBLE, channel_moments, refined
 from normswap.stats.probe import Probe
 
 __all__ = ["UNTOUCHED", "Meter", "Receive"]
@@ -41,25 +41,32 @@ class Meter(Probe):
     Args:
         site: where the norm is.
         receive: what is told of every call.
+        plain: measure the batch's mean and unbiased variance, whatever the norm divides by; else
+            what it keeps in training.
 
     Attributes:
         distance: how many standard deviations from zero its inputs are, as far as is known: far
             from there it measures too coarsely, and what it measured is looked at.
     """
 
-    def __init__(self, site: NormSite, receive: Receive) -> None:
+    def __init__(self, site: NormSite, receive: Receive, *, plain: bool = True) -> None:
         super().__init__(site)
+        self._plain = plain or not isinstance(self.module, MeasuredNorm)
         self.distance = math.inf
         self._receive = receive
         self._alone: Tensor | None = None
         self._told = False
+        # Whether a call may leave its input as another: nobody knows before the first.
+        self._overwrites = True
+        self._version: int | None = None
+        self._aside: tuple[Tensor, Tensor] | None = None
 
     def attributes(self) -> dict[str, Any]:
         """Momentum 1 and train mode; and ranks that do not wait for each other in forward."""
         module = self.site.module
         measures: dict[str, Any] = {"momentum": 1.0, "training": True}
         if isinstance(module, MeasuredNorm):
-            return measures | {"sync": False, "plain_statistics": True}
+            return measures | {"sync": False, "plain_statistics": self._plain}
         if not (dist.is_available() and dist.is_initialized()):
             return measures
         if isinstance(module, SynchronizedBatchNorm):
@@ -97,6 +104,10 @@ class Meter(Probe):
             var.fill_(1.0)
             mean.copy_(x.detach().movedim(self.site.channel_dim, 1).reshape(-1))
             self._alone = precise(mean)
+        self._version = _version(x)
+        self._aside = None
+        if self._overwrites and self._is_coarse(x):
+            self._aside = channel_moments(x.detach(), self.site.channel_dim)
 
     def after(self, x: Tensor) -> None:
         """Tell what was measured."""
@@ -108,11 +119,30 @@ class Meter(Probe):
             self._alone = None
             return self._receive(self.site, batch)
         mean, var = self.scratch
-        far = FAR_IN_DOUBLE if x.is_contiguous() else FAR
-        pools = self._count > 1 and self.site.state.rule.train.meets
-        if pools and self.distance * MARGIN > far:
-            mean, var = refined(x, self.site.channel_dim, precise(mean), precise(var), far=far)
+        self._overwrites = self._version is None or _version(x) != self._version
+        if self._is_coarse(x):
+            if not self._overwrites:
+                coarse = precise(mean), precise(var)
+                mean, var = refined(x, self.site.channel_dim, *coarse, far=_far(x))
+            elif self._aside is not None:
+                mean, var = self._aside
+        self._aside = None
         self._receive(self.site, Batch(self._count, self._samples, mean, var))
+
+    def _is_coarse(self, x: Tensor) -> bool:
+        """Whether what the norm measures of x may be too coarse, by what is known before."""
+        pools = self._plain and self._count > 1 and self.site.state.rule.train.meets
+        return pools and x.dtype != torch.float64 and self.distance * MARGIN > _far(x)
+
+
+def _far(x: Tensor) -> float:
+    """How many standard deviations from zero torch's own measurement of x holds out."""
+    return FAR_IN_DOUBLE if x.is_contiguous() else FAR
+
+
+def _version(x: Tensor) -> int | None:
+    """A number that changes when x is overwritten; ``None`` where torch counts nothing."""
+    return None if x.is_inference() else x._version
 
 
 class _LocalForward:

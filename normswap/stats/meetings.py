@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from normswap.graph.site import NormSite
-from normswap.stats.accumulate import Batch, Pooled
+from normswap.stats.accumulate import Accumulator, Batch, Pooled
 from normswap.stats.bookmark import Bookmark
 from normswap.stats.distributed import first_of_all, merge_ranks
 from normswap.stats.gathered import Gathered
 from normswap.stats.lockstep import Key
+from normswap.stats.own_terms import as_kept, width
 
 __all__ = ["Answer", "Meetings"]
 
-#: Mean and biased variance, (C,) each: what a norm in train mode standardizes by.
+#: Mean and variance, (C,) each: what a norm in train mode standardizes by.
 Answer = tuple[Tensor, Tensor]
 
 
@@ -58,22 +59,30 @@ class Meetings:
 
     def add_to(self, gathered: Gathered) -> None:
         """Tell what each norm has seen, in all meetings at it."""
+        totals: dict[int, Accumulator] = {}
         for name, meeting in self._store.accumulators.items():
-            total = gathered.of(self._sites[_key(name)[0]].path)
+            total = totals.setdefault(_key(name)[0], self._pooled(name))
             total.merge(meeting.weight, meeting.mean, meeting.spread)
             total.calls += meeting.calls
+        for place, total in totals.items():
+            site, weight = self._sites[place], total.weight
+            seen = gathered.of(site.path)
+            seen.merge(weight, *as_kept(site, weight, total.mean, total.spread))
+            seen.calls += total.calls
 
     def _answer(self, key: Key) -> Answer:
         """In the precision that the norm computes in: once here, not once in every forward."""
-        meeting, like = self._store.of(_name(key)), self._sites[key[0]].state.reference()
+        meeting, site = self._store.of(_name(key)), self._sites[key[0]]
+        like = site.state.reference()
         dtype = torch.promote_types(like.dtype, torch.float32)
-        mean, var = meeting.mean, meeting.spread / meeting.weight.clamp(min=1)
+        mean, spread = meeting.mean[: site.num_features], meeting.spread[: site.num_features]
+        var = spread / meeting.weight.clamp(min=1)
         return mean.to(like.device, dtype), var.to(like.device, dtype)
 
     def _pooled(self, name: str) -> Pooled:
         site = self._sites[_key(name)[0]]
         device = site.state.reference().device
-        return Pooled(site.num_features, device if device.type != "mps" else torch.device("cpu"))
+        return Pooled(width(site), device if device.type != "mps" else torch.device("cpu"))
 
 
 def _name(key: Key) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from normswap.picture import Panel, draw
 from normswap.progress import rate
 from normswap.stats.convergence import Point
+from normswap.stats.strict_json import strict
 from normswap.table import Listing
 
 __all__ = ["Drift", "WarmupReport", "drift"]
@@ -111,7 +112,10 @@ class WarmupReport(Listing[Drift]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it: numbers, texts, lists and mappings by name."""
+        """All of it as strict JSON can hold it: numbers, texts, lists and mappings by name.
+
+        ``None`` stands for numbers that are not finite, as where the old statistics were not.
+        """
         names = (
             "method",
             "batches",
@@ -121,11 +125,14 @@ class WarmupReport(Listing[Drift]):
             "passes",
             "samples_per_second",
         )
-        return {
-            **{name: getattr(self, name) for name in (*names, "tol", "samples_needed")},
-            "norms": [asdict(row) for row in self],
-            "convergence": [asdict(point) for point in self.convergence],
-        }
+        told: dict[str, Any] = strict(
+            {
+                **{name: getattr(self, name) for name in (*names, "tol", "samples_needed")},
+                "norms": [asdict(row) for row in self],
+                "convergence": [asdict(point) for point in self.convergence],
+            }
+        )
+        return told
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw how far each norm's statistics moved, and how well they were known on the way.

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -104,7 +105,7 @@ def warmup(
     sites, left = choose(inner, where)
     place = device_of(inner, device)
     feed = Feed(loader, batches, samples, forward, place, amp, progress, "Warm-up")
-    about = {} if resume is None else _identity(inner, sites, method)
+    about = {} if resume is None else _identity(inner, sites, method, feed, on_nonfinite)
     bookmark = Bookmark(resume, about, rank=rank_of(group))
     common: dict[str, Any] = {
         "skip_nonfinite": on_nonfinite == "skip",
@@ -167,10 +168,25 @@ def _check(method: str, tol: float | None, on_nonfinite: str, memory: int | None
         raise OptionError(f"memory={memory} is no number of bytes; give 0 or more, or None")
 
 
-def _identity(model: nn.Module, sites: list[NormSite], method: str) -> dict[str, Any]:
+def _identity(
+    model: nn.Module, sites: list[NormSite], method: str, feed: Feed, on_nonfinite: str
+) -> dict[str, Any]:
     """What a bookmark has to agree with, by name."""
     return {
         "method": method,
+        "forward": _name_of(feed.forward),
+        "amp": str(feed.amp) if feed.amp else None,
+        "on_nonfinite": on_nonfinite,
         "norms": [site.path for site in sites],
         "model": fingerprint(model),
     }
+
+
+def _name_of(function: Any) -> str | None:
+    """What tells a function from others in another process, where it has another address."""
+    if function is None:
+        return None
+    if isinstance(function, partial):
+        return _name_of(function.func)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

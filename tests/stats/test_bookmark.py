@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,13 +20,13 @@ from tests.stats.failing import Loader, data, error
 from tests.stats.models import cut, images, net
 
 
-def saved(folder: Path, method: str = "pooled") -> Path:
+def saved(folder: Path, method: str = "pooled", **options: Any) -> Path:
     """A bookmark after three batches."""
     path = folder / "pass"
     before, bookmark.SHARE = bookmark.SHARE, float("inf")
     try:
         with pytest.raises(LookupError):
-            normswap.warmup(net(), Loader(3, error), method=method, resume=path)
+            normswap.warmup(net(), Loader(3, error), method=method, resume=path, **options)
     finally:
         bookmark.SHARE = before
     return path
@@ -44,11 +45,22 @@ def other_statistics() -> nn.Module:
     return model
 
 
+def run(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def run_otherwise(model: nn.Module, batch: Any) -> Any:
+    return model(-batch)
+
+
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Iterable[Tensor], dict[str, Any], str]] = {
     "another model": (other_model, data(), {}, "its model differs"),
     "other statistics": (other_statistics, data(), {}, "its model differs"),
     "another method": (net, data(), {"method": "average"}, "its method differs"),
     "other norms": (net, data(), {"where": "1"}, "its norms differs"),
+    "another forward": (net, data(), {"forward": run}, "its forward differs"),
+    "another precision": (net, data(), {"amp": torch.bfloat16}, "its amp differs"),
+    "other care": (net, data(), {"on_nonfinite": "skip"}, "its on_nonfinite differs"),
     "other data": (net, [-x for x in data()], {}, "the same ones again"),
     "another last batch": (net, [*data()[:2], -data()[2]], {}, "the same ones again"),
     "data in another order": (net, data()[::-1], {}, "the same ones again"),
@@ -73,6 +85,31 @@ def test_a_bookmark_of_something_else_is_refused(
     assert path.read_bytes() == content
     for name, tensor in model.state_dict().items():
         assert torch.equal(before[name], tensor)
+
+
+class Runs:
+    """A forward without a name of its own."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch)
+
+
+FORWARDS = {"a function": run, "a partial": partial(partial(run)), "an object": Runs()}
+
+
+@pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
+def test_the_same_forward_goes_on_and_another_is_refused(tmp_path: Path, forward: Any) -> None:
+    path = saved(tmp_path, forward=forward)
+    for other in (None, run_otherwise):
+        with pytest.raises(StatisticsError, match="its forward differs"):
+            normswap.warmup(net(), data(), resume=path, forward=other)
+    same = Runs() if isinstance(forward, Runs) else forward
+    assert normswap.warmup(net(), data(), resume=path, forward=same).batches == len(data())
+
+
+def test_autocast_that_is_off_is_none(tmp_path: Path) -> None:
+    path = saved(tmp_path, amp=False)
+    assert normswap.warmup(net(), data(), resume=path, amp=None).batches == len(data())
 
 
 @pytest.mark.parametrize("content", ["nothing", "noise", "half of one", "another file"])

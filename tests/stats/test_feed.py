@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import UserDict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import normswap
@@ -65,6 +66,101 @@ def test_a_forward_that_takes_any_keyword_gets_the_whole_mapping() -> None:
 
     model = Open()
     normswap.warmup(model, [{"image": DATA, "label": LABELS}])
+    assert_keeps_all_of(model.norm, DATA)
+
+
+class HandsOn(nn.Module):
+    """Takes whatever the model inside takes, as timm's ModelEmaV3 does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        AveragedModel,
+        HandsOn,
+        lambda model: HandsOn(AveragedModel(model)),
+        lambda model: HandsOn(nn.DataParallel(model)),
+    ],
+    ids=["averaged", "hands on", "both", "around parallel"],
+)
+def test_a_wrapper_gets_what_the_model_inside_takes(wrap: Callable[[nn.Module], Any]) -> None:
+    model = wrap(Scaled())
+    normswap.warmup(model, [{"image": DATA, "scale": 3.0, "label": LABELS}])
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    assert_keeps_all_of(norm, DATA * 3)
+
+
+def test_a_wrapper_around_nothing_that_fits_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"takes none of .*'pixels'.*forward="):
+        normswap.warmup(AveragedModel(Scaled()), [{"pixels": DATA}])
+
+
+def test_a_model_that_names_a_parameter_gets_the_whole_mapping() -> None:
+    class Labelled(HandsOn):
+        def forward(self, label: Tensor, **inputs: Any) -> Any:  # type: ignore[override]
+            assert inputs.keys() == {"image", "extra"}
+            return self.module(inputs["image"])
+
+    model = Labelled(Scaled())
+    normswap.warmup(model, [{"image": DATA, "label": LABELS, "extra": LABELS}])
+    assert_keeps_all_of(model.module.norm, DATA)
+
+
+class Features(UserDict[str, Any]):
+    """A batch that knows more than its items, as those of processors do."""
+
+    def __init__(self, items: dict[str, Any], *, kind: str) -> None:
+        super().__init__(items)
+        self.kind = kind
+
+
+class Record(dict[str, Any]):
+    """The same of a dict."""
+
+    def __init__(self, items: dict[str, Any], *, kind: str) -> None:
+        super().__init__(items)
+        self.kind = kind
+
+
+class Frozen(dict[str, Any]):
+    """Cannot be made anew."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("frozen")
+
+
+@pytest.mark.parametrize("method", ["pooled", "population"])
+@pytest.mark.parametrize("make", [Features, Record])
+def test_forward_gets_the_type_that_the_loader_yields(
+    make: Callable[..., Any], method: str
+) -> None:
+    def forward(model: nn.Module, batch: Any) -> Any:
+        assert (type(batch), batch.kind) == (make, "x-ray")
+        assert batch["image"] is not DATA or method == "pooled"
+        return model(batch["image"])
+
+    model, batch = Scaled(), make({"image": DATA}, kind="x-ray")
+    normswap.warmup(model, [batch], forward=forward, method=method)
+    assert_keeps_all_of(model.norm, DATA)
+    assert batch["image"] is DATA
+
+
+def test_a_mapping_that_cannot_be_made_anew_comes_as_a_dict() -> None:
+    model, types = Scaled(), []
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        types.append(type(batch))
+        return model(batch["image"])
+
+    normswap.warmup(model, [Frozen({"image": DATA})], forward=forward)
+    assert types == [dict]
     assert_keeps_all_of(model.norm, DATA)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +62,36 @@ def test_data_far_from_zero_keeps_its_variance() -> None:
     normswap.warmup(norm, cut(data, [1, 7, 64, 24]))
     _, var = formulas.mean_and_unbiased_var(data)
     torch.testing.assert_close(norm.running_var, var, rtol=1e-6, atol=0)
+
+
+class Overwriting(nn.BatchNorm2d):
+    """Leaves its output where its input was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.copy_(super().forward(x))
+
+
+def cleared_by_a_hook() -> nn.Module:
+    norm = nn.BatchNorm2d(2)
+    norm.register_forward_hook(lambda module, args, y: args[0].zero_().sum() * 0 + y)
+    return norm
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("make", [lambda: Overwriting(2), cleared_by_a_hook])
+def test_an_input_that_is_overwritten_is_measured_as_it_came(
+    make: Callable[[], nn.Module], layout: torch.memory_format, grad: Callable[[], Any]
+) -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        with grad():
+            return model(batch.clone())
+
+    norm, data = make(), (values(24, 2, 6, 6) + 2000).float().contiguous(memory_format=layout)
+    normswap.warmup(norm, cut(data, [8, 8, 8]), forward=forward)
+    mean, var = formulas.mean_and_unbiased_var(data.double())
+    torch.testing.assert_close(norm.running_mean, mean.float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.running_var, var.float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, True])

@@ -42,12 +42,18 @@ def passing() -> nn.Module:
     return net().insert(3, nn.InstanceNorm2d(3, track_running_stats=True).double())
 
 
+def mixing() -> nn.Module:
+    """A net of norms that do not divide by the plain variance."""
+    return normswap.convert(net(), "sn", kappa=1.0)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "net": (net, {}),
     "in a file": (net, {"memory": 0}),
     "synchronized": (synchronized, {}),
     "disturbed": (disturbed, {}),
     "passing": (passing, {"memory": 0}),
+    "mixing": (mixing, {}),
     "skipping": (net, {"on_nonfinite": "skip"}),
 }
 each_shards = pytest.mark.parametrize("kind", SHARDS)

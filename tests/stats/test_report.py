@@ -99,6 +99,22 @@ def test_everything_is_in_a_mapping_that_json_can_hold() -> None:
     assert told["convergence"] == [asdict(point) for point in report.convergence]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_null_in_strict_json(value: float) -> None:
+    norm = nn.BatchNorm2d(2)
+    for old in (norm.running_mean, norm.running_var):
+        old.fill_(value)
+    report = normswap.warmup(norm, cut(images(6).float(), [4, 2]), tol=float("inf"))
+    told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    (row,) = told["norms"]
+    assert (row["mean_shift"], row["var_ratio"], told["tol"]) == (
+        None,
+        None if value != value else 0,
+        None,
+    )
+    assert torch.isfinite(norm.running_var).all()
+
+
 def test_a_tolerance_that_was_met_or_not_is_told() -> None:
     data = cut(images(90), [3] * 30)
     met, not_met = normswap.warmup(net(), data, tol=0.9), normswap.warmup(net(), data, tol=1e-9)

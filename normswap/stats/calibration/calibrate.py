@@ -136,7 +136,7 @@ def calibrate(
         output_fitted=run.fitted,
         output_after=run.after.output,
         batches=len(run.examples),
-        held_out=len(run.held_out) if len(run.held_out) < len(run.examples) else 0,
+        held_out=len(run.held_out) if len(run.held_out) < sum(map(bool, run.sizes)) else 0,
         samples=sum(run.sizes),
         note=run.note,
         seconds=time.perf_counter() - started,
@@ -209,8 +209,13 @@ class _Calibration:
 
     def _refine(self, passes: int, error: float) -> None:
         rest = {i: each for i, each in self.examples.items() if i not in self.held_out}
-        if not total_of(torch.tensor([len(rest)]), self._group).item():
+        numbers = [len(rest), sum(batch_size(each.batch) for each in rest.values())]
+        left, samples = total_of(torch.tensor(numbers), self._group).tolist()
+        if not left:
             self.note = "not refined: that takes a second batch, to judge it by"
+            return
+        if not samples:
+            self.note = "not refined: the batches that are left for it are empty"
             return
         refined = refine(
             self._converted,
@@ -229,8 +234,11 @@ class _Calibration:
             self.kept = "refined"
 
     def _apart(self) -> dict[int, Example]:
-        """What is held out: of few batches the last, and a single one judges itself."""
-        numbers = list(self.examples)
+        """What is held out: of few batches the last, and a single one judges itself.
+
+        Those that are empty judge nothing.
+        """
+        numbers = [n for n, each in self.examples.items() if batch_size(each.batch)]
         apart = numbers[HELD_OUT - 1 :: HELD_OUT] or numbers[-1:]
         return {number: self.examples[number] for number in apart}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from normswap.stats.strict_json import strict
 from normswap.table import Listing
 
 __all__ = ["CalibrationReport", "Kept", "SiteFit"]
@@ -100,9 +101,10 @@ class CalibrationReport(Listing[SiteFit]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """All of it, as strict JSON can hold it: ``None`` for numbers that are not finite."""
         told = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return told | {"sites": [asdict(row) for row in self]}
+        whole: dict[str, Any] = strict(told | {"sites": [asdict(row) for row in self]})
+        return whole
 
     def cells(self, item: SiteFit) -> tuple[object, ...]:
         """One norm as a row."""

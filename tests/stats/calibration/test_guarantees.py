@@ -88,6 +88,24 @@ def test_one_batch_judges_itself_and_the_report_says_so() -> None:
     assert report.output_after == pytest.approx(after, rel=1e-9)
 
 
+@pytest.mark.parametrize("full", [0, 1, 4])
+def test_batches_that_are_empty_judge_nothing_and_the_report_says_so(full: int) -> None:
+    model, original = pair_of(conv_net(), carry="fresh")
+    (batch,) = batches(1)
+    loader = [batch if index == full else batch[:0] for index in range(5)]
+    report = normswap.calibrate(model, loader)
+    assert report.note == "not refined: the batches that are left for it are empty"
+    assert (report.batches, report.held_out, report.kept) == (5, 0, "fitted")
+    assert report.output_after == pytest.approx(error_of(model, original, [batch]), rel=1e-9)
+
+
+def test_an_error_without_bound_is_null_in_strict_json() -> None:
+    model, _ = pair_of(conv_net(), carry="fresh")
+    report = normswap.calibrate(model, batches(1))
+    report.output_before = float("inf")
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["output_before"] is None
+
+
 @pytest.mark.parametrize(("count", "held"), [(2, 1), (4, 1), (5, 1), (9, 1), (10, 2)])
 def test_how_many_are_held_out(count: int, held: int) -> None:
     model, _ = pair_of(conv_net())
