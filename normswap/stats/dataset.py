@@ -57,10 +57,9 @@ def dataset_stats(
         select: ``select(batch)`` returns the data, or data and mask, of batches that are
             otherwise, such as those whose mask is nonzero where padding is.
         channel_dim: the dimension of the channels. Default: 1 of (N, C), (N, C, H, W) and
-            (N, C, D, H, W), the last of sequences (N, T, C). Data that looks otherwise is refused
-            until it is said: images with their channels last, or 1, 3 or 4 longer sequences in
-            the first batch, which may be one image. 0: each batch is one sample, as in a
-            ``Dataset`` that yields images (C, H, W).
+            (N, C, D, H, W), the last of sequences (N, T, C). Data that looks otherwise, such as
+            images with their channels last, is refused until it is said. 0: each batch is one
+            sample, as in a ``Dataset`` that yields images (C, H, W).
         batches: read at most as many batches.
         samples: stop after the batch that reaches as many samples.
         device: where batches are moved and measured. Default: where they are.

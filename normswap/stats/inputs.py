@@ -158,8 +158,8 @@ def _channel_dim(shape: tuple[int, ...], asked: int | None) -> int:
         )
     usual = 2 if ndim == 3 else 1
     others: tuple[int, ...] = (-1, -3) if ndim > 3 else ()
-    if ndim == 3 and (shape[1] == shape[2] or shape[0] < min(shape[1:])):
-        others = (-3,)  # a single image, or as few sequences as an image has channels
+    if ndim == 3 and shape[1] == shape[2]:  # a sequence as long as wide, or a single image
+        others = (-3,)
     looks = [other for other in others if shape[other] in _IMAGE]
     if looks and shape[usual] not in _IMAGE:
         raise StatisticsError(
