@@ -24,8 +24,8 @@ from normswap.stats.strand import Strand
 
 __all__ = ["Trial", "brings_alone", "rounding"]
 
-#: As many samples of a batch do for a trial.
-FEW = 2
+#: As many samples of a batch do for a trial, which is a first look only.
+FEW = 1
 
 #: Makes of a batch its forward, which has not begun.
 Make = Callable[[Any], Callable[[], object]]

@@ -82,7 +82,7 @@ def kept_on(model: nn.Module) -> set[int]:
         storage._cdata
         for module in model.modules()
         for name, value in vars(module).items()
-        if name not in own
+        if isinstance(value, (Tensor, tuple, list, dict)) and name not in own
         for storage in _storages((value,))
     }
 
