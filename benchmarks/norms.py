@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +52,14 @@ class Textbook(nn.Module):
         return (x - mean) / (var + 1e-5).sqrt() * self.weight + self.bias
 
 
+BY_RULE = ("sn", "cn", "ebn", "bin", "ibn", "adaptive_bn", "iebn", "in", "ln")
 BATCH, CONTROL, TEXTBOOK = "nn.BatchNorm2d", "again (control)", "sn, textbook"
 CONTENDERS: dict[str, Callable[[int], nn.Module]] = {
     BATCH: nn.BatchNorm2d,
     CONTROL: nn.BatchNorm2d,
     "nn.GroupNorm(32)": lambda channels: nn.GroupNorm(32, channels),
-    "sn": lambda channels: normswap.build("sn", channels),
     "ghost_bn(group_size=8)": lambda channels: normswap.build("ghost_bn", channels, group_size=8),
-    "cn": lambda channels: normswap.build("cn", channels),
+    **{name: partial(normswap.build, name) for name in BY_RULE},
     TEXTBOOK: Textbook,
 }
 
