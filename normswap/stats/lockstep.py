@@ -33,10 +33,12 @@ class Arrival:
     Args:
         place: the number of the norm.
         bring: makes what this forward brings.
+        show: makes what tells this forward from one that went wrong on its way.
     """
 
     place: int
     bring: Bring
+    show: Callable[[], Any]
 
 
 @dataclass(eq=False)
@@ -48,17 +50,18 @@ class _Forward:
     brought: Any = None
 
 
-def meet(place: int, bring: Bring) -> Any:
+def meet(place: int, bring: Bring, show: Callable[[], Any] = tuple) -> Any:
     """Wait, inside a forward, until the meeting at a norm is settled.
 
     Args:
         place: the number of the norm.
         bring: makes what this forward brings.
+        show: makes what is kept of it, if it is the witness.
 
     Returns:
         The answer.
     """
-    return stop(Arrival(place, bring))
+    return stop(Arrival(place, bring, show))
 
 
 class Lockstep:
@@ -98,7 +101,7 @@ class Lockstep:
         self._free: deque[tuple[_Forward, Any]] = deque()
         #: the number of the forward that is running or ran last, and the meetings it has come to
         self.index, self.met = -1, 0
-        #: the number of a forward of which is kept what it brings, and that by meeting
+        #: the number of a forward of which is kept what it shows, and that by meeting
         self.witness, self.testimony = -1, dict[Key, Any]()
 
     def __enter__(self) -> Lockstep:
@@ -139,9 +142,6 @@ class Lockstep:
         if key is None:
             return False
         forwards = self._waiting.pop(key, [])
-        for forward in forwards:
-            if forward.index == self.witness:
-                self.testimony[key] = forward.brought
         self._free.extend((forward, key) for forward in forwards)
         self._answers[key] = settle(key, [forward.brought for forward in forwards])
         came = frozenset(forward.index for forward in forwards)
@@ -206,6 +206,8 @@ class Lockstep:
         # that is not did not come when its batch was read before.
         if self.met == 1 or key not in self._answers:
             forward.brought = arrival.bring(forward.index)
+            if forward.index == self.witness:
+                self.testimony[key] = arrival.show()
         if forward.index not in self._came.get(key, (forward.index,)):
             raise StatisticsError(
                 f"{self._norms[key[0]]}: batch {forward.index} reaches it when its statistics are "

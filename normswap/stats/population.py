@@ -33,7 +33,7 @@ from normswap.stats.meetings import Meetings
 from normswap.stats.probe import Probe, probing
 from normswap.stats.rereading import Rereading
 from normswap.stats.shelf import Shelf
-from normswap.stats.trial import Trial, brings_alone, rounding
+from normswap.stats.trial import Trial, rounding, shows_alone
 
 __all__ = ["population"]
 
@@ -192,13 +192,14 @@ class _Pass:
         return True
 
     def _is_refuted(self) -> bool:
-        """Whether the first forward brings other things when it runs alone."""
+        """Whether the first forward shows other things when it runs alone."""
         if self._gathered.batches < 2 or not self._lockstep.testimony:
             return False
         self._take_passing()
         try:
-            return not brings_alone(
-                partial(self._apart, self._witness),
+            return not shows_alone(
+                self._apart,
+                self._witness,
                 self._meetings.answers(),
                 self._lockstep.testimony,
                 self._rounding,

@@ -22,7 +22,7 @@ from normswap.stats.feed import batch_size, mapped
 from normswap.stats.lockstep import Key
 from normswap.stats.strand import Strand
 
-__all__ = ["Trial", "brings_alone", "rounding"]
+__all__ = ["Trial", "rounding", "shows_alone"]
 
 #: As many samples of a batch do for a trial, which is a first look only.
 FEW = 1
@@ -98,32 +98,37 @@ def _fails(make: Callable[[], Callable[[], object]]) -> bool:
     return False
 
 
-def brings_alone(
-    run: Callable[[], Callable[[], object]],
+def shows_alone(
+    make: Make,
+    batch: Any,
     answers: Mapping[Key, Any],
-    brought: Mapping[Key, Batch],
+    shown: Mapping[Key, Tensor],
     tolerance: float,
 ) -> bool:
-    """Whether a forward brings alone what it has brought while others waited beside it.
+    """Whether a forward shows alone what it has shown while others waited beside it.
 
-    Of a model that draws random numbers it cannot be told, and the answer is yes.
+    One sample will do, unless the samples of a batch change each other. Of a model that draws
+    random numbers it cannot be told, and the answer is yes.
 
     Args:
-        run: makes the forward, which has not begun.
+        make: makes of a batch its forward.
+        batch: the batch.
         answers: the statistics of each meeting.
-        brought: what it has brought, by meeting.
-        tolerance: how far statistics may differ, relative to their size.
+        shown: what it has shown, by meeting: the first sample of a norm's input.
+        tolerance: how far that may differ, relative to its size.
     """
     with kept_random_state():
-        once = _alone(run(), answers)
-        if _agree(tolerance, once, brought):
+        if _agree(tolerance, _alone(make(_beginning(batch, FEW)), answers), shown):
             return True
-        return not _agree(tolerance, _alone(run(), answers), once)
+        once = _alone(make(batch), answers)
+        if _agree(tolerance, once, shown):
+            return True
+        return not _agree(tolerance, _alone(make(batch), answers), once)
 
 
-def _alone(run: Callable[[], object], answers: Mapping[Key, Any]) -> dict[Key, Batch]:
-    """What a forward brings to each meeting that is settled."""
-    strand, calls, found = Strand(run), Counter[int](), dict[Key, Batch]()
+def _alone(run: Callable[[], object], answers: Mapping[Key, Any]) -> dict[Key, Tensor]:
+    """What a forward shows at each meeting that is settled."""
+    strand, calls, found = Strand(run), Counter[int](), dict[Key, Tensor]()
     try:
         arrival = strand.advance()
         while not strand.ended:
@@ -131,7 +136,7 @@ def _alone(run: Callable[[], object], answers: Mapping[Key, Any]) -> dict[Key, B
             calls[arrival.place] += 1
             if key not in answers:
                 break
-            found[key] = arrival.bring(0)
+            found[key] = arrival.show()
             arrival = strand.advance(answers[key])
     except Exception:
         return {}
@@ -140,11 +145,14 @@ def _alone(run: Callable[[], object], answers: Mapping[Key, Any]) -> dict[Key, B
     return found
 
 
-def _agree(tolerance: float, one: Mapping[Key, Batch], other: Mapping[Key, Batch]) -> bool:
-    return all(
-        key in one and _same(tolerance, (key[0], one[key]), (key[0], each))
-        for key, each in other.items()
-    )
+def _agree(tolerance: float, one: Mapping[Key, Tensor], other: Mapping[Key, Tensor]) -> bool:
+    return all(key in one and _near(tolerance, one[key], each) for key, each in other.items())
+
+
+def _near(tolerance: float, one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return bool((one - other).norm() <= tolerance * other.norm())
 
 
 def _brought_by_first(*runs: Callable[[], object]) -> list[tuple[int, Batch]]:
