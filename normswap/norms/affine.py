@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
-class AffineNorm(Norm):
+class AffineNorm(Norm, ABC):
     """weight · z + bias, where z is what `standardize` makes of the input.
 
     It is computed in single precision at least, and handed on in the input's. Everything is plain
@@ -46,13 +47,13 @@ class AffineNorm(Norm):
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
+    @abstractmethod
     def standardize(self, x: Tensor) -> Tensor:
         """What gain and offset are applied to, of the shape of the input.
 
         Args:
             x: (N, C, ...), in float32 or float64.
         """
-        raise NotImplementedError
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x (N, C, ...)."""

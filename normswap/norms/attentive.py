@@ -99,9 +99,14 @@ class AttentiveNorm(AffineNorm):
         self.share_scale = nn.Parameter(torch.full((num_regions,), 0.1))
         self.residual = nn.Parameter(torch.zeros(()))
 
+    def standardize(self, x: Tensor) -> Tensor:
+        """Leave the input: gain and offset come first here."""
+        return x
+
     def normalize(self, x: Tensor) -> Tensor:
         """Apply gain and offset, and add what is normalized region by region."""
-        front = self.with_affine(x.to(torch.promote_types(x.dtype, torch.float32)))
+        values = self.standardize(x.to(torch.promote_types(x.dtype, torch.float32)))
+        front = self.with_affine(values)
         with torch.autocast(x.device.type, enabled=False):
             values = front.flatten(2) if front.ndim > 2 else front.unsqueeze(2)
             added = self.residual.to(values.dtype) * self._apart(values)

@@ -26,6 +26,7 @@ Everything is plain torch, of any shape that expands to (N, C), and autograd goe
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any, ClassVar
 
@@ -52,7 +53,7 @@ def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return centre, var.mean(dim, keepdim=True) + (mean - centre).square().mean(dim, keepdim=True)
 
 
-class MeasuredNorm(Norm):
+class MeasuredNorm(Norm, ABC):
     """A norm by a rule on the mean and variance of every sample's channel.
 
     Args:
@@ -107,6 +108,7 @@ class MeasuredNorm(Norm):
         for name in RUNNING_STATISTICS:
             self.register_buffer(name, None)
 
+    @abstractmethod
     def rule(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Gain and offset, of shapes that expand to (N, C).
 
@@ -115,15 +117,14 @@ class MeasuredNorm(Norm):
             var: its biased variance, likewise.
             positions: how many values each was taken of.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def pools(self, *, tracks: bool) -> Rule:
         """What it pools over, given what it has learned.
 
         Args:
             tracks: whether it has running statistics.
         """
-        raise NotImplementedError
 
     def obstacle(self) -> str:
         """Why what it has learned beside weight and bias has no counterpart in another norm."""
