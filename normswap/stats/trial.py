@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -107,8 +107,8 @@ def shows_alone(
 ) -> bool:
     """Whether a forward shows alone what it has shown while others waited beside it.
 
-    One sample will do, unless the samples of a batch change each other. Of a model that draws
-    random numbers it cannot be told, and the answer is yes.
+    One sample will do, unless the samples of a batch change each other, or the model does not
+    take one alone. Of a model that draws random numbers it cannot be told, and the answer is yes.
 
     Args:
         make: makes of a batch its forward.
@@ -116,10 +116,14 @@ def shows_alone(
         answers: the statistics of each meeting.
         shown: what it has shown, by meeting: the first sample of a norm's input.
         tolerance: how far that may differ, relative to its size.
+
+    Raises:
+        Exception: whatever the model raises on the whole batch.
     """
     with kept_random_state():
-        if _agree(tolerance, _alone(make(_beginning(batch, FEW)), answers), shown):
-            return True
+        with suppress(Exception):
+            if _agree(tolerance, _alone(make(_beginning(batch, FEW)), answers), shown):
+                return True
         once = _alone(make(batch), answers)
         if _agree(tolerance, once, shown):
             return True
@@ -138,8 +142,6 @@ def _alone(run: Callable[[], object], answers: Mapping[Key, Any]) -> dict[Key, T
                 break
             found[key] = arrival.show()
             arrival = strand.advance(answers[key])
-    except Exception:
-        return {}
     finally:
         strand.give_up()
     return found
