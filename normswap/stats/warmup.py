@@ -54,9 +54,9 @@ def warmup(
 
     Only the norms run in train mode; everything else, dropout and stochastic depth included, is
     in eval mode. The statistics are written in place, at the end, all or none, as torch keeps
-    them: the mean, the unbiased variance, and the number of batches seen. Modes, momentum, hooks
-    and random states are as before afterwards. With a process group every rank reads its own
-    loader and all end with the same statistics.
+    them: the mean, the unbiased variance, and the number of batches seen. Modes, momentum, hooks,
+    attributes that forwards set, and random states are as before afterwards. With a process group
+    every rank reads its own loader and all end with the same statistics.
 
     Args:
         model: any module with BatchNorm layers or others that keep running statistics.

@@ -22,6 +22,7 @@ from normswap.stats.calibration.undisturbed import require_undisturbed
 from normswap.stats.distributed import failing_together, total_of
 from normswap.stats.feed import Feed, Forward, batch_size, device_of, uncompiled, unwrapped
 from normswap.stats.free_memory import half_of_free
+from normswap.stats.keeping import kept_settings
 from normswap.stats.shelf import Shelf
 from normswap.stats.trial import rounding
 from normswap.swap.changes import Changes
@@ -116,7 +117,7 @@ def calibrate(
     with failing_together(group):
         converted, original, pairs = copies(inner, chosen)
         shelf = Shelf(half_of_free(place) if memory is None else memory, converted, original)
-        with torch.no_grad(), kept_random_state(), uncompiled():
+        with torch.no_grad(), kept_random_state(), kept_settings(), uncompiled():
             try:
                 run = _Calibration(converted, original, pairs, feed, shelf, group)
                 run.fit(method, refine_passes)

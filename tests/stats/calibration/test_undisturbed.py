@@ -54,3 +54,28 @@ def test_a_single_batch_has_no_other_to_disturb() -> None:
 def test_a_model_that_draws_random_numbers_is_not_said_to_be_disturbed() -> None:
     model = converted(Keeping(random=True))
     normswap.calibrate(model, batches(3), refine_passes=0, progress=False)
+
+
+class Lends(nn.Module):
+    """Sets for a while what holds for the whole process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float16)
+        try:
+            return self.norm(self.conv(x)).mean((2, 3))  # type: ignore[no-any-return]
+        finally:
+            torch.set_default_dtype(before)
+
+
+def test_what_is_set_for_a_while_is_put_back() -> None:
+    model = converted(Lends())
+    try:
+        normswap.calibrate(model, batches(3), progress=False)
+        assert torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
