@@ -1,17 +1,16 @@
-"""What norms share that are written out in plain torch: weight and bias after all the rest."""
+"""Norms that are written on the values themselves: weight and bias after all the rest."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any
+from abc import abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from normswap.norms.base import Norm
-from normswap.norms.reading import layout, tensors
+from normswap.norms.plain import PlainNorm
+from normswap.norms.sync import merged
 
-__all__ = ["AffineNorm", "described", "per_channel"]
+__all__ = ["AffineNorm", "per_channel"]
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -19,33 +18,12 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
-class AffineNorm(Norm, ABC):
+class AffineNorm(PlainNorm):
     """weight · z + bias, where z is what `standardize` makes of the input.
 
     It is computed in single precision at least, and handed on in the input's. Everything is plain
     torch, and autograd goes through it.
-
-    Args:
-        num_features: C.
-        eps: what keeps from dividing by zero, or is kept for a norm that does. Default 1e-5.
-        dim: how many dimensions follow the channels, kept for a conversion to a norm that has to
-            know. Any input (N, C, ...) is taken.
-
-    Attributes:
-        weight: (C,) or ``None``, as is bias. A module is made without them; `normswap.build` and
-            `normswap.convert` put them in.
     """
-
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
-    def __init__(self, num_features: int, eps: float = 1e-5, dim: int | None = None) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.dim = dim
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
 
     @abstractmethod
     def standardize(self, x: Tensor) -> Tensor:
@@ -68,17 +46,26 @@ class AffineNorm(Norm, ABC):
             z = z * per_channel(self.weight, z)
         return z if self.bias is None else z + per_channel(self.bias, z)
 
-    def extra_repr(self) -> str:
-        """Say size and eps."""
-        return f"{self.num_features}, eps={self.eps}"
+    def over_ranks(self, mean: Tensor, count: int) -> Tensor:
+        """The mean over all ranks' values of which ``mean`` is this one's, if they are pooled.
 
+        Gradients are those of one process on all values, of which a rank may have none.
 
-def described(module: AffineNorm) -> dict[str, Any]:
-    """What a reader says of any of them: `NormState`'s fields but name, kind, rule, settings."""
-    return {
-        "num_features": module.num_features,
-        "eps": module.eps,
-        "dim": module.dim,
-        **tensors(module),
-        **layout(module),
-    }
+        Args:
+            mean: of this rank's values, of any shape.
+            count: how many values each was taken of.
+
+        Raises:
+            DegeneratePooling: there is a single value.
+        """
+        if self.pools_ranks:
+            return self.over_all(mean, count)
+        self.refuse_single_value(count, "use a larger batch")
+        return mean
+
+    def over_all(self, mean: Tensor, count: int) -> Tensor:
+        """The mean over all ranks' values, as `over_ranks` gives it where they are pooled."""
+        flat = mean.reshape(-1)
+        none = torch.zeros_like(flat)
+        whole, _, _ = merged(count, flat, none, group=self.process_group, name=self.called)
+        return whole.to(mean.dtype).view(mean.shape)

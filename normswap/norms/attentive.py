@@ -24,13 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.affine import AffineNorm, described
-from normswap.norms.base import place
-from normswap.norms.batch import BATCH_SOURCES
-from normswap.norms.entry import AFFINE, NormEntry, Option, flag
+from normswap.norms.affine import AffineNorm
+from normswap.norms.declared import declared
+from normswap.norms.entry import flag, whole
 from normswap.norms.pool import Curve, Rule
-from normswap.norms.start import Carry, Start, begin
-from normswap.norms.state import NormState
 
 __all__ = ["ENTRIES", "AttentiveNorm"]
 
@@ -71,6 +68,7 @@ class AttentiveNorm(AffineNorm):
         "share_scale",
         "residual",
     )
+    eps_option = None
 
     def __init__(
         self,
@@ -162,72 +160,28 @@ class AttentiveNorm(AffineNorm):
         mapped: Tensor = torch.einsum("oc,ncl->nol", weight.to(x.dtype), x)
         return mapped + bias.to(x.dtype)[:, None]
 
+    def pools(self, *, tracks: bool) -> Rule:
+        """Nothing, gain and offset alone, until it has learned to add."""
+        adds = not self.residual.is_meta and bool(self.residual.detach() != 0)
+        return Rule.always(Curve(curve="attentive" if adds else "linear"))
+
     def extra_repr(self) -> str:
         """Say how many regions there are, too."""
         return f"{self.num_features}, num_regions={self.num_regions}"
 
 
-def start_attentive_norm(
-    state: NormState,
-    *,
-    carry: Carry = "auto",
-    num_regions: int | None = None,
-    official: bool = False,
-    affine: bool | None = None,
-) -> Start:
-    """Start an AttentiveNorm: the source's gain and offset in eval mode, and nothing added."""
-
-    def shell() -> nn.Module:
-        module = AttentiveNorm(
-            state.num_features,
-            num_regions=REGIONS if num_regions is None else num_regions,
-            official=official,
-            eps=state.eps,
-            dim=state.dim,
-        )
-        return place(module.to(state.reference()), state)
-
-    rule = Rule.always(Curve())
-    return begin(state, shell, rule, carry=carry, affine=affine, own=AttentiveNorm.own)
-
-
-def read_attentive_norm(module: nn.Module) -> NormState:
-    """Read an AttentiveNorm, which is a gain and an offset until it has learned to add."""
-    if not isinstance(module, AttentiveNorm):
-        raise TypeError(f"expected an AttentiveNorm, got {type(module).__name__}")
-    adds = not module.residual.is_meta and bool(module.residual.detach() != 0)
-    return NormState(
-        norm="an_wang",
-        kind="attentive_norm",
-        rule=Rule.always(Curve(curve="attentive" if adds else "linear")),
-        settings={
-            "num_regions": module.num_regions,
-            "official": module.official,
-            "affine": module.weight is not None,
-        },
-        **described(module),
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 ENTRIES = (
-    NormEntry(
+    declared(
+        AttentiveNorm,
         name="an_wang",
         aliases=("attentive_norm_wang",),
         kind="attentive_norm",
         axis="affine",
         pooled="H·W in soft learned regions, per sample and channel, as a residual",
         paper="Wang et al. 2020, arXiv 2004.03828",
-        sources=BATCH_SOURCES,
-        start=start_attentive_norm,
-        reads={AttentiveNorm: read_attentive_norm},
         options=(
-            Option("num_regions", None, "how many regions; None: 16", "1 or more", _is_count),
+            whole("num_regions", None, "how many regions; None: 16"),
             flag("official", False, "statistics as the released code takes them"),
-            AFFINE,
         ),
     ),
 )

@@ -49,6 +49,9 @@ class Norm(nn.Module):
         site_path: where the layer stands in the model that it was put into, for error messages.
         own: names of attributes, tensors and children that mean something to this norm only, and
             do not move on to a norm that replaces it.
+        references: names of attributes, among these, that are modules elsewhere in the model.
+        stands_for: the name of a child, among these, that is an activation which the norm's own
+            formula takes the place of; empty for none.
     """
 
     channel_dim: int = 1
@@ -58,6 +61,8 @@ class Norm(nn.Module):
     tail: tuple[str, ...] = ()
     site_path: str = ""
     own: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    stands_for: str = ""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Let the instance, not the class, say that it is torch's.
@@ -85,6 +90,17 @@ class Norm(nn.Module):
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize x with its channels at dimension 1."""
         return cast(Tensor, super().forward(x))
+
+    def refer_to(self, **modules: nn.Module | None) -> None:
+        """Hold modules that stand elsewhere: no children, so that nothing registers them twice.
+
+        Such a reference is right in a copy and a pickle of the whole model, and follows when a
+        conversion or a revert replaces what it refers to.
+
+        Args:
+            modules: each by the name that it gets, one of ``references``.
+        """
+        vars(self).update(modules)
 
     def refuse_single_value(self, values: int, remedy: str) -> None:
         """Raise if a statistic would be pooled over one value, which erases the input.

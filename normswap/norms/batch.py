@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import CannotConvert
 from normswap.norms.base import Norm, place
-from normswap.norms.entry import AFFINE, EPS, NormEntry, Option, flag, number
+from normswap.norms.entry import AFFINE, EPS, SYNC, NormEntry, flag, number
 from normswap.norms.reading import dimension, layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState, batch_rule
@@ -197,8 +197,7 @@ ENTRIES = (
         start=start_batch_norm,
         reads=dict.fromkeys((*_TORCH.values(), *_OURS.values(), _BatchNorm), read_batch_norm),
         options=(
-            flag("sync", False, "pool over all ranks; DDP takes it on CPU too"),
-            Option("process_group", None, "the ranks that share statistics; None: all"),
+            *SYNC,
             EPS,
             MOMENTUM,
             AFFINE,

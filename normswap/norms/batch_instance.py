@@ -39,7 +39,7 @@ class BatchInstanceNorm(MeasuredNorm):
 
     def rule(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Blend the two standardized values, not their statistics."""
-        if self.training:
+        if self.training and not self.observed:
             with torch.no_grad():
                 self.gate.clamp_(0, 1)
         gate = self.gate.to(mean.dtype)

@@ -1,4 +1,4 @@
-"""What a start rewrites outside of the norm: the layer before it, or after it."""
+"""What stands beside a norm, and what a start changes there: layers and the activation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Beside", "Look", "Neighbour"]
+__all__ = [
+    "Activation",
+    "Beside",
+    "Look",
+    "Neighbour",
+    "Previous",
+    "Remade",
+    "Replaced",
+    "Rewritten",
+]
 
 #: ``look(module, name)``: a parameter as it will be when the changes planned so far are made.
 Look = Callable[[nn.Module, str], Any]
@@ -30,14 +39,85 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A rewrite of a neighbour's parameters.
+class Previous:
+    """The norm before the layer that feeds a norm.
+
+    Args:
+        norm: that norm, or ``None``.
+        functions: the activations between it and the layer, in order: those that it runs itself,
+            and one behind it.
+        problem: why none is known; empty if one is.
+    """
+
+    norm: nn.Module | None = None
+    functions: tuple[Callable[[Tensor], Tensor], ...] = ()
+    problem: str = "nothing is known of it"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The activation that alone reads a norm's output.
+
+    Args:
+        path: where it is, or where a child in the place of its call would be; empty if there is
+            none.
+        function: what it computes of a tensor, or ``None``.
+        module: the activation itself, if it is a module that serves this norm alone.
+        owner: otherwise the module whose forward calls it.
+        name: of the owner's child that takes the call's place.
+        fused: otherwise, if the norm itself runs it afterwards, the name of the norm's child.
+        problem: why it may not be replaced; empty if it may.
+    """
+
+    path: str = ""
+    function: Callable[[Tensor], Tensor] | None = None
+    module: nn.Module | None = None
+    owner: nn.Module | None = None
+    name: str = ""
+    fused: str = ""
+    problem: str = "nothing is known of it"
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """New values for a neighbour's parameters.
 
     Args:
         module: the neighbour.
         values: gives the new values by name, in terms of how the parameters will be by then; a
-            name that the neighbour holds as ``None`` becomes a parameter.
+            name that the neighbour holds as ``None`` becomes a parameter, and one whose value is
+            ``None`` becomes ``None``.
     """
 
     module: nn.Module
-    values: Callable[[Look], Mapping[str, Tensor]]
+    values: Callable[[Look], Mapping[str, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Remade:
+    """Another class for a neighbour, which computes something else with the same parameters.
+
+    Args:
+        module: the neighbour.
+        mixin: what is put before its own class, see `normswap.norms.remake`.
+    """
+
+    module: nn.Module
+    mixin: type[Any]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Another module for the activation that follows.
+
+    Args:
+        activation: the activation, which may be replaced.
+        make: makes the module.
+    """
+
+    activation: Activation
+    make: Callable[[], nn.Module]
+
+
+#: One thing that a start changes outside of the norm.
+Beside = Rewritten | Remade | Replaced

@@ -1,31 +1,28 @@
-"""A norm by a rule as one of the registry: how it starts and is read follows from its class."""
+"""A norm in plain torch as one of the registry: its class says how it starts and is read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from normswap.norms.base import place
 from normswap.norms.batch import BATCH_SOURCES, MOMENTUM
-from normswap.norms.entry import AFFINE, EPS, NormEntry, Option, flag
-from normswap.norms.measured import MeasuredNorm
+from normswap.norms.entry import AFFINE, SYNC, NormEntry, Option
+from normswap.norms.plain import PlainNorm
 from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
 
 __all__ = ["declared"]
 
-_SYNC = (
-    flag("sync", False, "pool the batch over all ranks; DDP takes it on CPU too"),
-    Option("process_group", None, "the ranks that share statistics; None: all"),
-)
-
 
 def declared(
-    cls: type[MeasuredNorm],
+    cls: type[Any],
     *,
     name: str,
     aliases: tuple[str, ...],
@@ -34,11 +31,14 @@ def declared(
     pooled: str,
     paper: str,
     options: tuple[Option, ...] = (),
+    sources: frozenset[str] = BATCH_SOURCES,
+    inputs: tuple[str, ...] = (),
+    needs: Iterable[str] = (),
 ) -> NormEntry:
-    """The entry of a norm by a rule.
+    """The entry of a norm in plain torch.
 
     Args:
-        cls: its class.
+        cls: its class, a `PlainNorm`; abstract if it has a variant for any options.
         name: the registry name.
         aliases: other names for it.
         kind: its family.
@@ -46,7 +46,11 @@ def declared(
         pooled: what its statistics are pooled over, in words.
         paper: citation, with arXiv id.
         options: those that it has alone; the class takes each as a keyword, and keeps it as an
-            attribute of that name.
+            attribute of that name, unless it says otherwise (`PlainNorm.chosen`,
+            `PlainNorm.settings`). One that has the name of an option of all takes its place.
+        sources: families that it converts when ``where`` is not given.
+        inputs: the names of its extra inputs.
+        needs: what the starter must be told of the site, as for `NormEntry`.
     """
     norm = _Declared(cls, name, kind, options)
     return NormEntry(
@@ -56,16 +60,18 @@ def declared(
         axis=axis,
         pooled=pooled,
         paper=paper,
-        sources=BATCH_SOURCES,
+        sources=sources,
         start=norm.start,
         reads={cls: norm.read},
         options=(*options, *norm.shared),
+        inputs=inputs,
+        needs=frozenset(needs),
     )
 
 
 @dataclass(frozen=True)
 class _Declared:
-    cls: type[MeasuredNorm]
+    cls: type[PlainNorm]
     name: str
     kind: str
     options: tuple[Option, ...]
@@ -73,60 +79,77 @@ class _Declared:
     @property
     def shared(self) -> tuple[Option, ...]:
         """The options that it has with others."""
-        sync = _SYNC if self.cls.synchronizes else ()
-        return (*sync, EPS, *((MOMENTUM,) if self.cls.tracks else ()), AFFINE)
+        cls = self.cls
+        eps = () if cls.eps_option is None else (cls.eps_option,)
+        sync, momentum = SYNC if cls.synchronizes else (), (MOMENTUM,) if cls.tracks else ()
+        own = {option.name for option in self.options}
+        return tuple(o for o in (*sync, *eps, *momentum, AFFINE) if o.name not in own)
 
     def start(self, state: NormState, *, carry: Carry = "auto", **given: Any) -> Start:
         """Answer how it starts; pure."""
-        settings: dict[str, Any] = {
+        options = (*self.options, *self.shared)
+        asked: dict[str, Any] = {
             option.name: option.default if given.get(option.name) is None else given[option.name]
-            for option in (*self.options, *self.shared)
+            for option in options
         }
-        own: dict[str, Any] = {option.name: settings[option.name] for option in self.options}
-        running = self.cls.tracks and (state.tracks or state.kind != "batch_norm")
-        made = self.cls(state.num_features, **own)
-        return begin(
+        affine = asked["affine"] if AFFINE in options else None
+        own = {option.name: asked[option.name] for option in self.options}
+        cls = self.cls.variant(**own)
+        if affine is None and not (cls.usually_affine or state.affine or state.tracks):
+            affine = False
+        told = {"eps": state.eps, "momentum": state.momentum, "dim": state.dim}
+        for option in self.shared:
+            if option is not AFFINE and asked[option.name] is not None:
+                told[option.name] = asked[option.name]
+        make = partial(cls, state.num_features, **(told | cls.chosen(state, carry, **own)))
+        with torch.device("meta"):
+            sketch = make()
+        shares = cls.tracks and not cls.retells
+        running = shares and (state.tracks or state.kind != "batch_norm")
+        start = begin(
             state,
-            partial(self._shell, state, own, settings),
-            made.pools(tracks=running),
+            partial(self._shell, state, make),
+            sketch.pools(tracks=running),
             carry=carry,
-            eps=settings["eps"],
-            affine=settings["affine"],
+            eps=None if cls.absorbs_eps else sketch.eps,
+            affine=affine,
             running=running,
-            counts=self.cls.counts,
-            own=tuple(name for name, _ in made.named_parameters()),
+            note=sketch.note(state),
+            counts=cls.counts,
+            own=tuple(name for name, _ in sketch.named_parameters()),
+            kept=partial(sketch.kept, state) if cls.retells else None,
         )
+        return sketch.started(state, start)
 
-    def _shell(self, state: NormState, own: dict[str, Any], settings: dict[str, Any]) -> nn.Module:
-        module = self.cls(state.num_features, **own).to(state.reference())
-        for name in ("eps", "momentum"):
-            value = settings.get(name)
-            setattr(module, name, getattr(state, name) if value is None else value)
-        if self.cls.synchronizes:
-            module.sync, module.process_group = settings["sync"], settings["process_group"]
-        module.dim = state.dim
-        return place(module, state)
+    @staticmethod
+    def _shell(state: NormState, make: partial[PlainNorm]) -> nn.Module:
+        module = make().to(state.reference())
+        module.reset_parameters()
+        place(module, state)
+        module.settle(state)
+        return module
 
     def read(self, module: nn.Module) -> NormState:
         """Read one of its modules."""
         if not isinstance(module, self.cls):
             raise TypeError(f"expected a {self.cls.__name__}, got {type(module).__name__}")
-        given = tensors(module)
-        affine = given["weight"] is not None
+        held = tensors(module)
+        held["rule"] = module.pools(tracks=held["running_mean"] is not None)
+        affine = held["weight"] is not None
+        shared = {
+            option.name: affine if option is AFFINE else getattr(module, option.name)
+            for option in self.shared
+        }
+        told: dict[str, Any] = {"kind": self.kind, "counts": self.cls.counts, **held}
+        told |= {**layout(module), **module.retold()}
         return NormState(
             norm=self.name,
-            kind=self.kind,
             num_features=module.num_features,
-            rule=module.pools(tracks=given["running_mean"] is not None),
             eps=module.eps,
             momentum=module.momentum,
             dim=module.dim,
-            settings={
-                option.name: affine if option is AFFINE else getattr(module, option.name)
-                for option in (*self.options, *self.shared)
-            },
-            counts=self.cls.counts,
+            settings=module.settings(option.name for option in self.options) | shared,
             obstacle=module.obstacle(),
-            **given,
-            **layout(module),
+            retold=self.cls.retells,
+            **told,
         )

@@ -14,19 +14,18 @@ and weight and bias as they were; `normswap.calibrate` fits them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.affine import AffineNorm, described
-from normswap.norms.base import place
-from normswap.norms.entry import AFFINE, NormEntry, Option
+from normswap.norms.affine import AffineNorm
+from normswap.norms.declared import declared
+from normswap.norms.entry import Option
 from normswap.norms.pool import Curve, Rule
-from normswap.norms.start import Carry, Start, begin
+from normswap.norms.start import Carry
 from normswap.norms.state import NormState
 
 __all__ = ["ENTRIES", "TOKEN_SOURCES", "DynamicErf", "DynamicTanh"]
@@ -45,19 +44,73 @@ class DynamicTanh(AffineNorm):
         num_features: C.
         alpha: what the learned one starts as. Default 0.5, as in the paper, whose language models
             take more in front of attention and less elsewhere.
+        asked: the options by which a conversion chose it. Default none.
         **rest: as for `AffineNorm`; eps is only kept for a conversion to a norm that has one.
 
     Attributes:
         alpha: (1,), as in the paper's code.
-        asked: the options by which a conversion made it.
+        first: what alpha started as.
     """
 
     own: tuple[str, ...] = ("alpha",)
-    asked: Mapping[str, object] = MappingProxyType({})
+    eps_option = None
 
-    def __init__(self, num_features: int, *, alpha: float = ALPHA, **rest: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        alpha: float = ALPHA,
+        asked: Mapping[str, object] = MappingProxyType({}),
+        **rest: Any,
+    ) -> None:
         super().__init__(num_features, **rest)
-        self.alpha = nn.Parameter(torch.full((1,), float(alpha)))
+        self.first = alpha
+        self.asked = dict(asked)
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Write the first slope."""
+        nn.init.constant_(self.alpha, self.first)
+
+    @classmethod
+    def chosen(
+        cls,
+        state: NormState,
+        carry: Carry,
+        *,
+        alpha: float | None = None,
+        kappa: float | None = None,
+        **given: Any,
+    ) -> dict[str, Any]:
+        """Choose a slope by the source's statistics."""
+        asked = {"alpha": alpha, "kappa": kappa}
+        if alpha is None:
+            alpha = ALPHA if carry == "fresh" else cls._matching(state, kappa or KAPPA)
+        return super().chosen(state, carry, alpha=alpha, asked=asked, **given)
+
+    @classmethod
+    def _matching(cls, state: NormState, kappa: float) -> float:
+        """kappa over the root mean square of what is expected, or another such norm's slope."""
+        theirs = state.rule.eval
+        if isinstance(theirs, Curve) and theirs.slope > 0:
+            return theirs.slope * theirs.rise / cls.curve(ALPHA).rise
+        if state.running_mean is None or state.running_var is None or state.running_mean.is_meta:
+            return ALPHA
+        mean, var = state.running_mean.detach().cpu(), state.running_var.detach().cpu()
+        square = float((var.double() + mean.double().square()).mean())
+        return kappa / math.sqrt(square) if 0 < square < math.inf else ALPHA
+
+    def pools(self, *, tracks: bool) -> Rule:
+        """The function, with what it has learned."""
+        if self.alpha.is_meta:
+            return Rule.always(self.curve(self.first))
+        learned = (float(self.get_parameter(name).detach()) for name in self.own)
+        return Rule.always(self.curve(*learned))
+
+    def settings(self, names: Iterable[str]) -> dict[str, object]:
+        """What a conversion was asked for: the slope has moved on since."""
+        return dict(self.asked)
 
     def standardize(self, x: Tensor) -> Tensor:
         """Squash every value by itself."""
@@ -96,110 +149,49 @@ class DynamicErf(DynamicTanh):
         return Curve(curve="erf", slope=alpha, shift=shift, rise=2 / math.sqrt(math.pi))
 
 
-def start_dynamic(
-    state: NormState,
-    *,
-    made_of: type[DynamicTanh],
-    carry: Carry = "auto",
-    alpha: float | None = None,
-    kappa: float | None = None,
-    affine: bool | None = None,
-) -> Start:
-    """Start one of the two, from running statistics with its slope at zero matched."""
-    first = alpha
-    if first is None:
-        first = ALPHA if carry == "fresh" else _alpha(made_of, state, kappa or KAPPA)
-
-    def shell() -> nn.Module:
-        module = made_of(state.num_features, alpha=first, eps=state.eps, dim=state.dim)
-        module.asked = {"alpha": alpha, "kappa": kappa}
-        module.to(state.reference())
-        nn.init.constant_(module.alpha, first)  # in the model's own precision
-        return place(module, state)
-
-    rule = Rule.always(made_of.curve(first))
-    return begin(state, shell, rule, carry=carry, affine=affine, own=made_of.own)
-
-
-def _alpha(made_of: type[DynamicTanh], state: NormState, kappa: float) -> float:
-    """kappa over the root mean square of what is expected, or the slope of another such norm."""
-    theirs = state.rule.eval
-    if isinstance(theirs, Curve) and theirs.slope > 0:
-        return theirs.slope * theirs.rise / made_of.curve(ALPHA).rise
-    if state.running_mean is None or state.running_var is None or state.running_mean.is_meta:
-        return ALPHA
-    mean, var = state.running_mean.detach().cpu(), state.running_var.detach().cpu()
-    square = float((var.double() + mean.double().square()).mean())
-    return kappa / math.sqrt(square) if 0 < square < math.inf else ALPHA
-
-
-def read_dynamic(module: nn.Module, *, norm: str) -> NormState:
-    """Read one of the two, with what it has learned."""
-    if not isinstance(module, DynamicTanh):
-        raise TypeError(f"expected a DynamicTanh or a DynamicErf, got {type(module).__name__}")
-    known = not module.alpha.is_meta
-    learned = [float(module.get_parameter(name).detach()) for name in module.own if known]
-    return NormState(
-        norm=norm,
-        kind=norm,
-        rule=Rule.always(module.curve(*(learned or [ALPHA]))),
-        settings={**module.asked, "affine": module.weight is not None},
-        **described(module),
-    )
-
-
 def _is_positive(value: Any) -> bool:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return real and 0 < value < math.inf
 
 
-def _entry(
-    made_of: type[DynamicTanh], name: str, aliases: tuple[str, ...], function: str, paper: str
-) -> NormEntry:
-    start: Callable[..., Start] = partial(start_dynamic, made_of=made_of)
-    return NormEntry(
-        name=name,
-        aliases=aliases,
-        kind=name,
-        axis="standardization",
-        pooled=f"nothing: a learned {function} of every value",
-        paper=paper,
-        sources=TOKEN_SOURCES,
-        start=start,
-        reads={made_of: partial(read_dynamic, norm=name)},
-        options=(
-            Option(
-                "alpha",
-                None,
-                "the first slope; None: kappa by the source's statistics, 0.5 without any",
-                "a number above 0",
-                _is_positive,
-            ),
-            Option(
-                "kappa",
-                None,
-                "how far into the function an ordinary value reaches at first; None: 0.5",
-                "a number above 0",
-                _is_positive,
-            ),
-            AFFINE,
-        ),
-    )
-
+OPTIONS = (
+    Option(
+        "alpha",
+        None,
+        "the first slope; None: kappa by the source's statistics, 0.5 without any",
+        "a number above 0",
+        _is_positive,
+    ),
+    Option(
+        "kappa",
+        None,
+        "how far into the function an ordinary value reaches at first; None: 0.5",
+        "a number above 0",
+        _is_positive,
+    ),
+)
 
 ENTRIES = (
-    _entry(
+    declared(
         DynamicTanh,
-        "dyt",
-        ("dynamic_tanh", "dynamictanh"),
-        "tanh",
-        "Zhu et al. 2025, arXiv 2503.10622",
+        name="dyt",
+        aliases=("dynamic_tanh", "dynamictanh"),
+        kind="dyt",
+        axis="standardization",
+        pooled="nothing: a learned tanh of every value",
+        paper="Zhu et al. 2025, arXiv 2503.10622",
+        options=OPTIONS,
+        sources=TOKEN_SOURCES,
     ),
-    _entry(
+    declared(
         DynamicErf,
-        "derf",
-        ("dynamic_erf", "dynamicerf"),
-        "erf",
-        "Chen et al. 2025, arXiv 2512.10938",
+        name="derf",
+        aliases=("dynamic_erf", "dynamicerf"),
+        kind="derf",
+        axis="standardization",
+        pooled="nothing: a learned erf of every value",
+        paper="Chen et al. 2025, arXiv 2512.10938",
+        options=OPTIONS,
+        sources=TOKEN_SOURCES,
     ),
 )

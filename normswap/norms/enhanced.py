@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.norms.counts import Counts
 from normswap.norms.declared import declared
 from normswap.norms.measured import MeasuredNorm
 from normswap.norms.pool import BATCH, RUNNING, Rule
@@ -31,7 +32,7 @@ class InstanceEnhancementBatchNorm(MeasuredNorm):
     """
 
     own = ("gate_weight", "gate_bias")
-    counts = (1 / (1 + math.e), 1.0)
+    counts = Counts(1 / (1 + math.e))
 
     def __init__(self, num_features: int, **rest: Any) -> None:
         super().__init__(num_features, **rest)

@@ -12,7 +12,18 @@ from torch import nn
 from normswap.norms.start import Start
 from normswap.norms.state import NormState
 
-__all__ = ["AFFINE", "EPS", "NormEntry", "Option", "Reader", "Starter", "flag", "number"]
+__all__ = [
+    "AFFINE",
+    "EPS",
+    "SYNC",
+    "NormEntry",
+    "Option",
+    "Reader",
+    "Starter",
+    "flag",
+    "number",
+    "whole",
+]
 
 #: Reads a module into a `NormState`; called only with modules of the class it is registered for.
 Reader = Callable[[nn.Module], NormState]
@@ -55,6 +66,25 @@ def number(name: str, doc: str, *, low: float, high: float) -> Option:
     return Option(name, None, doc, f"a number from {low} to {high}", fits)
 
 
+def whole(
+    name: str, default: int | None, doc: str, *, low: int = 1, high: int | None = None
+) -> Option:
+    """An option that is a whole number from a least one on, maybe up to a largest."""
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return False
+        return low <= value and (high is None or value <= high)
+
+    return Option(
+        name, default, doc, f"{low} or more" if high is None else f"{low} to {high}", fits
+    )
+
+
+SYNC = (
+    flag("sync", False, "pool over all ranks; DDP takes it on CPU too"),
+    Option("process_group", None, "the ranks that share statistics; None: all"),
+)
 EPS = number("eps", "added to the variance; None: the source's", low=0.0, high=float_info.max)
 AFFINE = flag("affine", None, "weight and bias; None: as the source, and where the start needs")
 
@@ -76,7 +106,8 @@ class NormEntry:
         options: what can be set.
         inputs: extra keyword inputs that a converted model takes.
         needs: what the starter must be told of the site: ``"dim"``, how many dimensions follow
-            the channels; ``"neighbours"``, the layers before and after it.
+            the channels; ``"neighbours"``, the layers before and after it; ``"previous"``, the
+            norm before the layer before it; ``"activation"``, what alone reads it.
     """
 
     name: str
@@ -91,3 +122,8 @@ class NormEntry:
     options: tuple[Option, ...] = ()
     inputs: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether its modules are layers of their own, called with one input."""
+        return not self.inputs and "neighbours" not in self.needs

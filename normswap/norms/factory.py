@@ -114,8 +114,12 @@ def _asked_for(made: nn.Module, state: NormState) -> dict[str, object]:
 
     What is at its class's default was not asked for: there the source's own setting stays.
     """
-    parameters = inspect.signature(type(made)).parameters
-    usual = {name: parameter.default for name, parameter in parameters.items()} | {"affine": True}
+    usual = {
+        name: parameter.default
+        for cls in reversed(type(made).__mro__)
+        if "__init__" in vars(cls)
+        for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items()
+    } | {"affine": True}
     options = {
         option.name: state.settings[option.name]
         for option in lookup(state.norm).options

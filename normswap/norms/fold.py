@@ -13,21 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from normswap.errors import CannotConvert
 from normswap.norms.base import place
 from normswap.norms.batch import BATCH_SOURCES
-from normswap.norms.beside import Beside, Look
+from normswap.norms.beside import Look, Rewritten
 from normswap.norms.entry import NormEntry
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.identity import Identity, read_identity
+from normswap.norms.remake import why_not
 from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
 
 __all__ = ["ENTRIES", "Folded"]
-
-_FOLDABLE = (nn.Linear, _ConvNd)
 
 
 class Folded(Identity):
@@ -54,10 +53,10 @@ def start_fold(state: NormState, *, carry: Carry = "auto") -> Start:
             "leave it out by skip=",
         )
     into, takes = state.producer, _into_rows
-    problem = _why_not(into.module, into.problem, state)
+    problem = why_not(into, transposed=True)
     if problem:
         after, takes = state.consumer, _into_columns
-        other = _why_not(after.module, after.problem, state) or _padding(after.module)
+        other = why_not(after, transposed=True) or _padding(after.module)
         if state.tail:
             other = "an activation is fused into it"
         if other:
@@ -78,25 +77,8 @@ def start_fold(state: NormState, *, carry: Carry = "auto") -> Start:
         running=(),
         values=dict,
         note=f"into {into.path}",
-        beside=Beside(module, partial(takes, module, _affine(state))),
+        beside=(Rewritten(module, partial(takes, module, _affine(state))),),
     )
-
-
-def _why_not(module: nn.Module | None, problem: str, state: NormState) -> str:
-    """Why a neighbour cannot take the norm in; empty if it can."""
-    if module is None or problem:
-        return problem or "nothing that could take it in"
-    if not isinstance(module, _FOLDABLE):
-        return f"a {type(module).__name__}, which cannot take it in"
-    known = (*_FOLDABLE, *(base for base in type(module).__mro__ if base.__module__ == _CONV))
-    if not any(type(module).forward is getattr(base, "forward", None) for base in known):
-        return f"a {type(module).__name__} with a forward of its own"
-    if "weight" not in module._parameters:
-        return f"a {type(module).__name__} whose weight is computed"
-    return ""
-
-
-_CONV = nn.Conv2d.__module__
 
 
 def _padding(module: nn.Module | None) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from operator import attrgetter
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from normswap.norms.renamed import look_through, names_of, per_channel, whole
 from normswap.norms.state import NormState
 
 __all__ = [
@@ -42,12 +45,21 @@ class FunctionalNorm(nn.Module):
         super().__init__()
         self.function = function
         self.name = name
-        self.state = state
         self.refers = dict(refers)
+        #: whether it is one call, or a norm written out
+        self.origin: Literal["functional", "handwritten"] = "functional"
         #: whether the forward reads one of the tensors elsewhere too
         self.shared = False
         for tensor in refers:
-            vars(self)[tensor] = getattr(state, tensor)
+            vars(self)[tensor] = whole(getattr(state, tensor))
+        tensors: dict[str, Any] = {tensor: vars(self)[tensor] for tensor in refers}
+        self._read = replace(state, **tensors)
+
+    @property
+    def state(self) -> NormState:
+        """What the call computes, with the tensors that the owner has now."""
+        tensors: dict[str, Any] = {name: per_channel(vars(self)[name]) for name in self.refers}
+        return replace(self._read, **tensors)
 
 
 def read_functional(module: nn.Module) -> NormState:
@@ -75,6 +87,11 @@ def refer(norm: nn.Module, attributes: Mapping[str, str], owner: nn.Module) -> N
     for name in attributes:
         held = norm._parameters if name in norm._parameters else norm._buffers
         vars(norm)[name] = held.pop(name)
+    odd = {name: f"_{name}_of_owner" for name in attributes if _is_odd(owner, attributes[name])}
+    look_through(norm, odd)
+    for name in odd:
+        del vars(norm)[name]
+    refresh(norm)
 
 
 def referred(norm: nn.Module) -> dict[str, str]:
@@ -122,10 +139,17 @@ def refresh(norm: nn.Module) -> None:
     owner = owner_of(norm)
     if owner is None:
         return
+    places = names_of(norm)
     for name, attribute in referred(norm).items():
         tensor = attrgetter(attribute)(owner)
         if tensor is None or isinstance(tensor, Tensor):  # and not what a tracer puts there
-            vars(norm)[name] = tensor
+            vars(norm)[places.get(name, name)] = tensor
+
+
+def _is_odd(owner: nn.Module, attribute: str) -> bool:
+    """Whether a tensor has one value for each channel, in another shape than (C,)."""
+    tensor = attrgetter(attribute)(owner)
+    return isinstance(tensor, Tensor) and per_channel(tensor) is not tensor
 
 
 def recall(stub: FunctionalNorm, owner: nn.Module) -> None:

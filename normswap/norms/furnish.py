@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from normswap.norms.renamed import whole
 from normswap.norms.start import Start
 from normswap.norms.state import AFFINE_TENSORS, NormState
 
@@ -54,7 +55,7 @@ def furnish(state: NormState, start: Start) -> Furnished:
         if name in start.affine or not hasattr(module, name):
             module.register_parameter(name, _parameter(own, frozen=start.frozen))
     for name in start.running:
-        own = None if start.fresh else getattr(state, name)
+        own = getattr(state, name) if state.tracks and not start.fresh else None
         if own is not None and state.retold:
             own = own.detach().clone()
         elif own is not None:
@@ -69,12 +70,15 @@ def furnish(state: NormState, start: Start) -> Furnished:
     ):
         if hasattr(module, flag):
             setattr(module, flag, setting)
-    affine = [
-        n for n in AFFINE_TENSORS if n in carried and isinstance(getattr(state, n), nn.Parameter)
-    ]
+    affine = [n for n in AFFINE_TENSORS if n in carried and _trains(getattr(state, n))]
     flags = {name: False if start.frozen else state.trainable.get(name) for name in affine}
     requires_grad = {name: flag for name, flag in flags.items() if flag is not None}
     return Furnished(module, frozenset(carried), rewrites, requires_grad)
+
+
+def _trains(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter, or a view of one."""
+    return isinstance(whole(tensor), nn.Parameter)
 
 
 def _parameter(tensor: Tensor | None, *, frozen: bool) -> nn.Parameter | None:

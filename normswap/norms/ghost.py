@@ -6,6 +6,7 @@ large batch training of neural networks", NIPS 2017, arXiv 1705.08741.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normswap.norms.declared import declared
-from normswap.norms.entry import Option
+from normswap.norms.entry import whole
 from normswap.norms.measured import MeasuredNorm, pooled
 from normswap.norms.pool import RUNNING, Pool, Rule
 
@@ -54,21 +55,34 @@ class GhostBatchNorm(MeasuredNorm):
         return F.batch_norm(x, *held, training=False, eps=self.eps)
 
     def rule(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-        """Standardize each part by its own statistics."""
+        """Standardize each part by its own statistics, in eval mode all by the running ones."""
+        if not self.training and self.running_mean is not None:
+            return self.standardized(*self.over_batch(mean, var, positions))
         sizes = self.part_sizes(len(mean), positions)
         if not sizes:
             return self.standardized(mean, var)
-        parts = zip(torch.split(mean, sizes), torch.split(var, sizes), strict=True)
-        statistics = [tuple(each.squeeze(0) for each in pooled(*part, 0)) for part in parts]
+        centre, spread = self._of_parts(mean, var, sizes)
         if self.training:
-            self._track(*self._to_keep(mean, var, statistics, [n * positions for n in sizes]))
-        centre, spread = (torch.stack(each) for each in zip(*statistics, strict=True))
+            self._track(*self._to_keep(mean, var, centre, spread, [n * positions for n in sizes]))
         counts = torch.tensor(sizes, device=mean.device)
         gain, offset = self.standardized(centre, spread)
         gain, offset = (
             each.repeat_interleave(counts, 0, output_size=sum(sizes)) for each in (gain, offset)
         )
         return gain, offset
+
+    def _of_parts(self, mean: Tensor, var: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each part, (parts, C): parts of the same size at once."""
+        runs = [(len(list(alike)), size) for size, alike in itertools.groupby(sizes)]
+        means, variances = (
+            torch.split(each, [count * size for count, size in runs]) for each in (mean, var)
+        )
+        found = [
+            pooled(torch.unflatten(m, 0, run), torch.unflatten(v, 0, run), 1)
+            for run, m, v in zip(runs, means, variances, strict=True)
+        ]
+        centre, spread = (torch.cat(each).squeeze(1) for each in zip(*found, strict=True))
+        return centre, spread
 
     def part_sizes(self, samples: int, positions: int) -> list[int]:
         """How many samples each part has."""
@@ -83,27 +97,18 @@ class GhostBatchNorm(MeasuredNorm):
         return sizes
 
     def _to_keep(
-        self,
-        mean: Tensor,
-        var: Tensor,
-        statistics: list[tuple[Tensor, ...]],
-        values: list[int],
+        self, mean: Tensor, var: Tensor, centre: Tensor, spread: Tensor, values: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Mean over the parts of means and unbiased variances; or of the batch, for a pass."""
         if self.plain_statistics:
-            statistics, values = [pooled(mean, var, 0)], [sum(values)]
-        unbiased = [part[1] * (n / (n - 1)) for part, n in zip(statistics, values, strict=True)]
-        means = torch.stack([part[0] for part in statistics]).mean(0)
-        return means.view(-1), torch.stack(unbiased).mean(0).view(-1)
+            (centre, spread), values = pooled(mean, var, 0), [sum(values)]
+        unbiased = spread.new_tensor([n / (n - 1) for n in values]).unsqueeze(1)
+        return centre.mean(0), (spread * unbiased).mean(0)
 
     def pools(self, *, tracks: bool) -> Rule:
         """Parts of the batch."""
         part = Pool("batch", samples=self.group_size)
         return Rule(part, RUNNING if tracks else part)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 ENTRIES = (
@@ -115,8 +120,6 @@ ENTRIES = (
         axis="statistics",
         pooled="group_size samples × H·W, per channel",
         paper="Hoffer et al. 2017, arXiv 1705.08741",
-        options=(
-            Option("group_size", GROUP_SIZE, "the most samples in a part", "1 or more", _is_size),
-        ),
+        options=(whole("group_size", GROUP_SIZE, "the most samples in a part"),),
     ),
 )

@@ -18,7 +18,15 @@ from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
 
-__all__ = ["ENTRIES", "MAP_SOURCES", "GroupNorm", "chosen_groups", "default_groups"]
+__all__ = [
+    "ENTRIES",
+    "GROUPS",
+    "MAP_SOURCES",
+    "OPTIONS",
+    "GroupNorm",
+    "chosen_groups",
+    "default_groups",
+]
 
 #: Families of feature maps: what norms of one sample's map convert when not told otherwise.
 MAP_SOURCES = frozenset({"batch_norm", "group_norm", "instance_norm"})
@@ -61,6 +69,7 @@ def start_group_norm(
     channels_per_group: int | None = None,
     eps: float | None = None,
     affine: bool | None = None,
+    made_of: type[GroupNorm] = GroupNorm,
 ) -> Start:
     """Start a GroupNorm; from running statistics its affine is moment-matched, without data."""
     groups = chosen_groups(state.num_features, num_groups, channels_per_group)
@@ -68,7 +77,7 @@ def start_group_norm(
 
     def shell() -> nn.Module:
         return place(
-            GroupNorm(
+            made_of(
                 groups,
                 state.num_features,
                 eps=state.eps if eps is None else eps,
@@ -132,6 +141,12 @@ def read_group_norm(module: nn.Module) -> NormState:
     )
 
 
+GROUPS = (
+    Option("num_groups", None, "None: the largest divisor ≤ 32 that leaves ≥ 16 channels"),
+    Option("channels_per_group", None, "instead of num_groups"),
+)
+OPTIONS = (*GROUPS, EPS, AFFINE)
+
 ENTRIES = (
     NormEntry(
         name="gn",
@@ -143,11 +158,6 @@ ENTRIES = (
         sources=MAP_SOURCES,
         start=start_group_norm,
         reads={nn.GroupNorm: read_group_norm, GroupNorm: read_group_norm},
-        options=(
-            Option("num_groups", None, "None: the largest divisor ≤ 32 that leaves ≥ 16 channels"),
-            Option("channels_per_group", None, "instead of num_groups"),
-            EPS,
-            AFFINE,
-        ),
+        options=OPTIONS,
     ),
 )

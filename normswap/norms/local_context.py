@@ -22,15 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from normswap.norms.affine import AffineNorm, described
-from normswap.norms.base import place
-from normswap.norms.batch import BATCH_SOURCES
-from normswap.norms.entry import AFFINE, EPS, NormEntry, Option
+from normswap.norms.affine import AffineNorm
+from normswap.norms.declared import declared
+from normswap.norms.entry import Option, whole
 from normswap.norms.group import chosen_groups
 from normswap.norms.pool import Pool, Rule
-from normswap.norms.start import Carry, Start, begin
+from normswap.norms.start import Carry
 from normswap.norms.state import NormState
 
 __all__ = ["ENTRIES", "LocalContextNorm"]
@@ -94,6 +93,19 @@ class LocalContextNorm(AffineNorm):
         y: Tensor = (centred - mean.unsqueeze(2)) * (var + self.eps).rsqrt().unsqueeze(2)
         return y.flatten(1, 2).to(x.dtype)
 
+    @classmethod
+    def chosen(
+        cls, state: NormState, carry: Carry, *, channels_per_group: int | None = None, **given: Any
+    ) -> dict[str, Any]:
+        """Choose groups."""
+        groups = chosen_groups(state.num_features, None, channels_per_group, default=_of_two)
+        channels = state.num_features // groups
+        return super().chosen(state, carry, channels_per_group=channels, **given)
+
+    def pools(self, *, tracks: bool) -> Rule:
+        """A group's window."""
+        return Rule.always(_Window("group", self.channels_per_group, window=self.window))
+
     def extra_repr(self) -> str:
         """Say its groups and its window too."""
         return (
@@ -117,80 +129,24 @@ def _summed(x: Tensor, sizes: list[int]) -> Tensor:
     return x
 
 
-def start_local_context_norm(
-    state: NormState,
-    *,
-    carry: Carry = "auto",
-    channels_per_group: int | None = None,
-    window: int | None = None,
-    eps: float | None = None,
-    affine: bool | None = None,
-) -> Start:
-    """Start a LocalContextNorm; from running statistics its affine is matched as a group's."""
-    size = state.num_features
-    channels = size // chosen_groups(size, None, channels_per_group, default=_of_two)
-    length = WINDOW if window is None else window
-
-    def shell() -> nn.Module:
-        module = LocalContextNorm(
-            size,
-            channels_per_group=channels,
-            window=length,
-            eps=state.eps if eps is None else eps,
-            dim=state.dim,
-        )
-        return place(module, state)
-
-    rule = Rule.always(_Window("group", channels, window=length))
-    return begin(state, shell, rule, carry=carry, eps=eps, affine=affine)
-
-
 def _of_two(num_features: int) -> int:
     """The paper's groups of two channels; of a few more where their number is odd."""
     channels = (size for size in range(2, num_features + 1) if num_features % size == 0)
     return num_features // next(channels, 1)
 
 
-def read_local_context_norm(module: nn.Module) -> NormState:
-    """Read a LocalContextNorm."""
-    if not isinstance(module, LocalContextNorm):
-        raise TypeError(f"expected a LocalContextNorm, got {type(module).__name__}")
-    return NormState(
-        norm="lcn",
-        kind="local_context_norm",
-        rule=Rule.always(_Window("group", module.channels_per_group, window=module.window)),
-        settings={
-            "channels_per_group": module.channels_per_group,
-            "window": module.window,
-            "eps": module.eps,
-            "affine": module.weight is not None,
-        },
-        **described(module),
-    )
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 ENTRIES = (
-    NormEntry(
+    declared(
+        LocalContextNorm,
         name="lcn",
         aliases=("local_context_norm", "localcontextnorm"),
         kind="local_context_norm",
         axis="statistics",
         pooled="a group of channels × a window of H·W, per sample and position",
         paper="Ortiz et al. 2020, arXiv 1912.05845",
-        sources=BATCH_SOURCES,
-        start=start_local_context_norm,
-        reads={LocalContextNorm: read_local_context_norm},
         options=(
             Option("channels_per_group", None, "None: 2, or the least that divides"),
-            Option(
-                "window", None, "its length in every dimension; None: 227", "1 or more", _is_size
-            ),
-            EPS,
-            AFFINE,
+            whole("window", None, "its length in every dimension; None: 227"),
         ),
     ),
 )

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.norms.affine import per_channel
-from normswap.norms.batch import BATCH_SOURCES
-from normswap.norms.entry import NormEntry
+from normswap.norms.declared import declared
 from normswap.norms.pool import RUNNING, Over, Pool, Rule
-from normswap.norms.start import Carry, Start, begin
-from normswap.norms.state import NormState
-from normswap.norms.tracked import OPTIONS, TrackedNorm, furnished, of_source, precise, retold
+from normswap.norms.precision import precise
+from normswap.norms.tracked import TrackedNorm
 
 __all__ = ["ENTRIES", "L1BatchNorm"]
 
@@ -50,6 +47,7 @@ class L1BatchNorm(TrackedNorm):
         **rest: as for `TrackedNorm`; eps is added to the scale.
 
     Attributes:
+        running_mean: (C,).
         running_scale: (C,), what sqrt(π/2) · mean |x - μ| was in training.
 
     Raises:
@@ -57,10 +55,13 @@ class L1BatchNorm(TrackedNorm):
     """
 
     own = ("running_scale",)
+    absorbs_eps = True
+    running_mean: Tensor
     running_scale: Tensor
 
     def __init__(self, num_features: int, **rest: Any) -> None:
         super().__init__(num_features, **rest)
+        self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_scale", torch.ones(num_features))
 
     def standardize(self, x: Tensor) -> Tensor:
@@ -82,82 +83,29 @@ class L1BatchNorm(TrackedNorm):
             self.track(running_mean=centre, running_scale=scale)
         return centre, scale
 
+    def pools(self, *, tracks: bool) -> Rule:
+        """The batch; in eval mode what was kept."""
+        return Rule(_Deviation(eps=self.eps), RUNNING)
 
-def _rule(eps: float) -> Rule:
-    return Rule(_Deviation(eps=eps), RUNNING)
+    def terms(self, mean: Tensor, var: Tensor, eps: float) -> dict[str, Tensor]:
+        """The scale that divides as a variance did: sqrt(var + eps of the source) - eps."""
+        scale = ((var + eps).sqrt() - self.eps).clamp(min=0)
+        return {"running_mean": mean, "running_scale": scale}
 
-
-def start_l1_batch_norm(
-    state: NormState,
-    *,
-    carry: Carry = "auto",
-    sync: bool = False,
-    process_group: Any = None,
-    eps: float | None = None,
-    momentum: float | None = None,
-    affine: bool | None = None,
-) -> Start:
-    """Start an L1BatchNorm, which evaluates as what evaluated by running statistics did."""
-    new_eps = state.eps if eps is None else eps
-
-    def shell() -> nn.Module:
-        return furnished(
-            L1BatchNorm(state.num_features),
-            state,
-            sync=sync,
-            process_group=process_group,
-            eps=new_eps,
-            momentum=momentum,
-        )
-
-    return begin(
-        state,
-        shell,
-        _rule(new_eps),
-        carry=carry,
-        affine=affine,
-        kept=partial(_kept, state, new_eps),
-    )
-
-
-def _kept(state: NormState, eps: float) -> dict[str, Tensor]:
-    """The scale that divides as a variance did: sqrt(var + eps of the source) - eps."""
-    var, taken = of_source(state)
-    scale = ((var + state.eps).sqrt() - eps).clamp(min=0)
-    return {**taken, "running_scale": scale.to(taken["running_mean"].dtype)}
-
-
-def read_l1_batch_norm(module: nn.Module) -> NormState:
-    """Read an L1BatchNorm, with the variance that would divide as its scale does."""
-    if not isinstance(module, L1BatchNorm):
-        raise TypeError(f"expected an L1BatchNorm, got {type(module).__name__}")
-    scale = precise(module.running_scale) + module.eps
-    return NormState(
-        norm="l1_bn",
-        kind="batch_norm",
-        rule=_rule(module.eps),
-        settings={
-            "sync": module.sync,
-            "process_group": module.process_group,
-            "eps": module.eps,
-            "momentum": module.momentum,
-            "affine": module.weight is not None,
-        },
-        **retold(module, scale.square() - module.eps),
-    )
+    def retold(self) -> dict[str, Tensor]:
+        """The variance that would divide as the scale does."""
+        var = (precise(self.running_scale) + self.eps).square() - self.eps
+        return {"running_var": var.to(self.running_scale.dtype)}
 
 
 ENTRIES = (
-    NormEntry(
+    declared(
+        L1BatchNorm,
         name="l1_bn",
         aliases=("l1_batch_norm", "l1batchnorm"),
         kind="batch_norm",
         axis="standardization",
         pooled="N × H·W, per channel, by the mean absolute deviation",
         paper="Wu et al. 2018, arXiv 1802.09769",
-        sources=BATCH_SOURCES,
-        start=start_l1_batch_norm,
-        reads={L1BatchNorm: read_l1_batch_norm},
-        options=OPTIONS,
     ),
 )

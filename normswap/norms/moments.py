@@ -27,7 +27,7 @@ from normswap.norms.passes import (
     work_dtype,
 )
 
-__all__ = ["Rule", "normalized"]
+__all__ = ["Rule", "normalized", "should_be_plain"]
 
 #: ``rule(mean, var) -> (gain, offset)``: of means and biased variances, (N, C) each, what (N, C)
 #: is expanded to.
@@ -48,7 +48,7 @@ def normalized(x: Tensor, rule: Rule) -> Tensor:
     Returns:
         Of the shape, dtype and, where it is contiguous or channels-last, memory format of x.
     """
-    if _should_be_plain():
+    if should_be_plain():
         mean, var = _plain_moments(x)
         return _plain_scaled(x, *_expanded(rule(mean, var), mean))
     if not (x.requires_grad and torch.is_grad_enabled()):
@@ -136,7 +136,7 @@ class _Scale(torch.autograd.Function):
         return dx if ctx.measured is not None else None, dgain, doffset, None, None
 
 
-def _should_be_plain() -> bool:
+def should_be_plain() -> bool:
     """Whether something looks at the operations one by one: a compiler, or torch.func."""
     return bool(
         torch.compiler.is_compiling()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.norms.base import Norm
+from normswap.norms.renamed import names_of
 
 __all__ = ["dimension", "has_parametrized_affine", "layout", "tensors"]
 
@@ -21,6 +22,7 @@ def tensors(module: nn.Module) -> dict[str, Any]:
         "running_var": _tensor(module, "running_var"),
         "num_batches_tracked": _tensor(module, "num_batches_tracked"),
         "parametrized": has_parametrized_affine(module),
+        "names": names_of(module),
     }
 
 

@@ -11,13 +11,22 @@ from torch import nn
 from normswap.errors import OptionError, UnknownNorm, did_you_mean
 from normswap.norms import (
     adaptive,
+    adaptive_convolution,
+    affine_mixture,
     attentive,
     batch,
+    batch_channel,
     batch_instance,
     channel,
+    conditional,
+    cosine,
+    cross_iteration,
+    domain_specific,
     dynamic,
     enhanced,
+    evonorm,
     extended,
+    filter_response,
     fold,
     frozen,
     ghost,
@@ -25,15 +34,26 @@ from normswap.norms import (
     identity,
     instance,
     instance_batch,
+    kalman,
     layer,
     local_context,
     mean_deviation,
+    moving_average,
     power,
-    region,
+    region_learned,
+    region_mask,
+    region_style,
+    renormalized,
     rms,
     scale,
+    sparse_switchable,
+    spatial,
+    split_batch,
+    standardized_weight,
+    style,
     switchable,
     sync_batch,
+    transferable,
     whitening,
 )
 from normswap.norms.entry import NormEntry, Option, Reader, Starter
@@ -49,22 +69,42 @@ _ENTRIES: dict[str, NormEntry] = {
         sync_batch,
         frozen,
         ghost,
+        cross_iteration,
+        renormalized,
         mean_deviation,
+        moving_average,
         whitening,
         group,
         instance,
         layer,
         rms,
         local_context,
-        region,
+        region_learned,
         channel,
         switchable,
+        sparse_switchable,
         extended,
+        filter_response,
+        evonorm,
+        batch_channel,
         batch_instance,
         instance_batch,
         adaptive,
         enhanced,
+        transferable,
+        affine_mixture,
+        region_mask,
+        domain_specific,
+        split_batch,
+        conditional,
+        style,
+        adaptive_convolution,
+        spatial,
+        region_style,
         attentive,
+        kalman,
+        cosine,
+        standardized_weight,
         dynamic,
         scale,
         power,
@@ -140,7 +180,8 @@ def register(
         paper: citation.
         inputs: extra keyword inputs that a converted model takes.
         needs: what the starter must be told of the site: ``"dim"``, the number of dimensions
-            after the channels; ``"neighbours"``, the layers before and after it.
+            after the channels; ``"neighbours"``, the layers before and after it; ``"previous"``,
+            the norm before the layer before it; ``"activation"``, the activation behind it.
 
     Raises:
         OptionError: a name is taken by another norm.
@@ -186,6 +227,7 @@ class NormList(Listing[NormEntry]):
     """The registered norms; prints as a table."""
 
     title = "Norms"
+    whole = 2
     columns = (
         "name",
         "aliases",

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.affine import AffineNorm, described
-from normswap.norms.base import place
+from normswap.norms.affine import AffineNorm
+from normswap.norms.declared import declared
 from normswap.norms.dynamic import TOKEN_SOURCES
-from normswap.norms.entry import AFFINE, NormEntry, number
+from normswap.norms.entry import number
 from normswap.norms.pool import Over, Pool, Rule
-from normswap.norms.start import Carry, Start, begin
+from normswap.norms.start import Carry
 from normswap.norms.state import NormState
 
 __all__ = ["ENTRIES", "ScaleNorm"]
@@ -53,11 +54,11 @@ class ScaleNorm(AffineNorm):
 
     Args:
         num_features: C.
-        eps: the least length that is divided by. Default 1e-5.
-        dim: as for `AffineNorm`.
+        gain: the length at first, in sqrt(C). Default 1.
+        **rest: as for `AffineNorm`; eps is the least length that is divided by.
 
     Attributes:
-        scale: (), the learned length; starts as sqrt(C).
+        scale: (), the learned length; starts as gain · sqrt(C).
         weight: (C,) or ``None``, beyond the paper, as is bias.
 
     Raises:
@@ -66,9 +67,36 @@ class ScaleNorm(AffineNorm):
 
     own = ("scale",)
 
-    def __init__(self, num_features: int, eps: float = 1e-5, dim: int | None = None) -> None:
-        super().__init__(num_features, eps, dim)
-        self.scale = nn.Parameter(torch.tensor(math.sqrt(num_features)))
+    eps_option = number("eps", "the least length; None: the source's eps", low=0.0, high=MOST)
+    usually_affine = False
+
+    def __init__(self, num_features: int, *, gain: float = 1.0, **rest: Any) -> None:
+        super().__init__(num_features, **rest)
+        self.gain = gain
+        self.scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Write the first length."""
+        nn.init.constant_(self.scale, self.gain * math.sqrt(self.num_features))
+
+    @classmethod
+    def chosen(cls, state: NormState, carry: Carry, **given: Any) -> dict[str, Any]:
+        """Take the length that another such norm has learned."""
+        theirs = state.rule.eval
+        gain = theirs.gain if isinstance(theirs, _Length) and carry != "fresh" else 1.0
+        return super().chosen(state, carry, gain=gain, **given)
+
+    def pools(self, *, tracks: bool) -> Rule:
+        """The channels at a position, with the length that it has learned."""
+        if self.scale.is_meta:
+            return Rule.always(_Length(gain=self.gain))
+        return Rule.always(_Length(gain=float(self.scale.detach()) / math.sqrt(self.num_features)))
+
+    def note(self, state: NormState) -> str:
+        """Say how near an RMSNorm is."""
+        same = state.rule.eval == Pool("position", centred=False)
+        return "equal but for eps" if same else ""
 
     def standardize(self, x: Tensor) -> Tensor:
         """Bring the channels at each position to the learned length."""
@@ -77,54 +105,9 @@ class ScaleNorm(AffineNorm):
         return x * (self.scale.to(x.dtype) / length.clamp(min=self.eps))
 
 
-def start_scale_norm(
-    state: NormState,
-    *,
-    carry: Carry = "auto",
-    eps: float | None = None,
-    affine: bool | None = None,
-) -> Start:
-    """Start a ScaleNorm; an RMSNorm but for eps, and at the length that another has learned."""
-    size, theirs = state.num_features, state.rule.eval
-    gain = theirs.gain if isinstance(theirs, _Length) and carry != "fresh" else 1.0
-
-    def shell() -> nn.Module:
-        module = ScaleNorm(size, eps=state.eps if eps is None else eps, dim=state.dim)
-        module.to(state.reference())
-        nn.init.constant_(module.scale, gain * math.sqrt(size))  # in the model's own precision
-        return place(module, state)
-
-    if affine is None and not (state.affine or state.tracks):
-        affine = False
-    return begin(
-        state,
-        shell,
-        Rule.always(_Length(gain=gain)),
-        carry=carry,
-        eps=eps,
-        affine=affine,
-        note="equal but for eps" if theirs == Pool("position", centred=False) else "",
-        own=ScaleNorm.own,
-    )
-
-
-def read_scale_norm(module: nn.Module) -> NormState:
-    """Read a ScaleNorm, with the length that it has learned."""
-    if not isinstance(module, ScaleNorm):
-        raise TypeError(f"expected a ScaleNorm, got {type(module).__name__}")
-    usual = math.sqrt(module.num_features)
-    gain = 1.0 if module.scale.is_meta else float(module.scale.detach()) / usual
-    return NormState(
-        norm="scale_norm",
-        kind="scale_norm",
-        rule=Rule.always(_Length(gain=gain)),
-        settings={"eps": module.eps, "affine": module.weight is not None},
-        **described(module),
-    )
-
-
 ENTRIES = (
-    NormEntry(
+    declared(
+        ScaleNorm,
         name="scale_norm",
         aliases=("scalenorm",),
         kind="scale_norm",
@@ -132,11 +115,5 @@ ENTRIES = (
         pooled="C at a position, by length",
         paper="Nguyen and Salazar 2019, arXiv 1910.05895",
         sources=TOKEN_SOURCES,
-        start=start_scale_norm,
-        reads={ScaleNorm: read_scale_norm},
-        options=(
-            number("eps", "the least length; None: the source's eps", low=0.0, high=MOST),
-            AFFINE,
-        ),
     ),
 )

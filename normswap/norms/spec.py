@@ -134,7 +134,17 @@ def build(name: str, num_features: int, *, dim: int = 2, **options: Any) -> nn.M
 
     Returns:
         A module for inputs (N, C, ...) with ``dim`` dimensions after the channels.
+
+    Raises:
+        UnknownNorm: no norm has the name.
+        OptionError: an option does not fit, or the norm is no layer by itself.
     """
+    if "neighbours" in lookup(name).needs:
+        raise OptionError(
+            f"{lookup(name).name} is no layer by itself, as it takes the layer before it along; "
+            f"make the two together: normswap.convert(nn.Sequential(layer, nn.BatchNorm2d("
+            f"{num_features})), to={name!r})"
+        )
     state = fresh_state(num_features, dim=dim)
     made = furnish(state, spec(name, **options).start(state))
     for tensor, flag in made.requires_grad.items():

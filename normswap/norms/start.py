@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from normswap.errors import CannotConvert
 from normswap.norms.beside import Beside
+from normswap.norms.counts import PLAIN, Counts
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.pool import RUNNING, Curve, Pool, Rule
+from normswap.norms.precision import precise
 from normswap.norms.state import AFFINE_TENSORS, RUNNING_STATISTICS, NormState
 
 __all__ = ["Carry", "Start", "begin"]
@@ -43,7 +45,7 @@ class Start:
         fresh: whether the running statistics begin anew although the source has some.
         pool: what is pooled when the norm measures its input.
         kept: values of running statistics that the shell keeps in terms of its own, by name.
-        beside: what has to be rewritten in a neighbouring layer.
+        beside: what has to change outside of the norm.
     """
 
     fidelity: Fidelity
@@ -56,7 +58,21 @@ class Start:
     fresh: bool = False
     pool: Pool | None = None
     kept: Callable[[], Mapping[str, Tensor]] = dict
-    beside: Beside | None = None
+    beside: tuple[Beside, ...] = ()
+
+    def noted(self, note: str) -> Start:
+        """The same with something more to say."""
+        return replace(self, note="; ".join(filter(None, (self.note, note))))
+
+    def affine_of(self, state: NormState) -> tuple[Tensor, Tensor]:
+        """Weight and bias that a norm starts with in a source's place, (C,) each, precisely."""
+        values = dict(self.values())
+        one = precise(state.reference().new_ones(state.num_features))
+        made = []
+        for name, neutral in zip(AFFINE_TENSORS, (one, torch.zeros_like(one)), strict=True):
+            own = values.get(name, getattr(state, name)) if name in self.affine else None
+            made.append(neutral if own is None else precise(own))
+        return made[0], made[1]
 
     @property
     def rewrites_affine(self) -> bool:
@@ -75,7 +91,7 @@ def begin(
     running: bool = False,
     frozen: bool = False,
     note: str = "",
-    counts: tuple[float, float] = (1.0, 1.0),
+    counts: Counts = PLAIN,
     own: tuple[str, ...] = (),
     kept: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Start:
@@ -96,7 +112,7 @@ def begin(
         running: whether the target tracks running statistics.
         frozen: whether the target holds its affine fixed.
         note: what the user should know.
-        counts: what the target multiplies weight and bias by, as it starts.
+        counts: how weight and bias enter the target, as it starts.
         own: parameters that the target has beside weight and bias, and learns.
         kept: gives the source's running statistics in the terms in which the target keeps them,
             where those are not the shared ones.
@@ -116,14 +132,12 @@ def begin(
         names = AFFINE_TENSORS
     if carry == "fresh":
         values = partial(_unit, state)
-    elif carry == "auto" and fidelity in _REWRITING:
-        same = fidelity is Fidelity.NEAR or rule.eval == state.rule.eval
-        if not (same or _is_identity(rule.eval, state, eps)):
-            names = AFFINE_TENSORS
-            values = partial(_match, state, rule.eval, eps, counts)
-        elif counts != state.counts:
-            names = AFFINE_TENSORS
-            values = partial(_recount, state, names, counts)
+    elif carry == "auto" and _to_be_matched(state, rule, fidelity, eps):
+        names = AFFINE_TENSORS
+        values = partial(_match, state, rule.eval, eps, counts)
+    elif carry == "auto" and _to_be_recounted(state, fidelity, counts):
+        names = _recounted(state, counts)
+        values = partial(_recount, state, counts, names)
     if state.parametrized and values is not dict:
         raise CannotConvert(
             "its weight is parametrized, so the start cannot rewrite it",
@@ -155,6 +169,35 @@ def begin(
     )
 
 
+def _to_be_matched(state: NormState, rule: Rule, fidelity: Fidelity, eps: float) -> bool:
+    """Whether gain and offset have to become others for what is promised."""
+    same = fidelity is Fidelity.NEAR or rule.eval == state.rule.eval
+    return fidelity in _REWRITING and not (same or _is_identity(rule.eval, state, eps))
+
+
+def _to_be_recounted(state: NormState, fidelity: Fidelity, counts: Counts) -> bool:
+    """Whether weight and bias enter otherwise, so that as they are they mean something else.
+
+    A source's that are plain are copied as they are where no more than that is promised.
+    """
+    promised = fidelity in _REWRITING
+    meant = fidelity is Fidelity.AFFINE and state.counts != PLAIN
+    return counts != state.counts and (promised or meant)
+
+
+def _recounted(state: NormState, counts: Counts) -> tuple[str, ...]:
+    """What has to be there for the same gain and offset where weight and bias enter otherwise."""
+    theirs = state.counts
+    weight = state.weight is not None or (theirs.of_weight, theirs.base) != (
+        counts.of_weight,
+        counts.base,
+    )
+    bias = state.bias is not None or theirs.added != counts.added
+    return tuple(
+        name for name, needed in zip(AFFINE_TENSORS, (weight, bias), strict=True) if needed
+    )
+
+
 def _affine_of(state: NormState) -> tuple[str, ...]:
     return tuple(name for name in AFFINE_TENSORS if getattr(state, name) is not None)
 
@@ -162,7 +205,7 @@ def _affine_of(state: NormState) -> tuple[str, ...]:
 def _fidelity(
     state: NormState,
     rule: Rule,
-    counts: tuple[float, float],
+    counts: Counts,
     *,
     carry: Carry,
     eps: float,
@@ -216,22 +259,13 @@ def _unit(state: NormState) -> dict[str, Tensor]:
     return values
 
 
-def _recount(
-    state: NormState, names: tuple[str, ...], counts: tuple[float, float]
-) -> dict[str, Tensor]:
-    """The same gain and offset where they are multiplied by other factors."""
-    values = {}
-    for name, theirs, ours in zip(AFFINE_TENSORS, state.counts, counts, strict=True):
-        own: Tensor | None = getattr(state, name)
-        if name in names:
-            unit = state.reference().new_full((state.num_features,), float(name == "weight"))
-            values[name] = (unit if own is None else own.detach()) * (theirs / ours)
-    return values
+def _recount(state: NormState, counts: Counts, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The same gain and offset where weight and bias enter otherwise."""
+    entering = _entering(state, counts, *state.gain_and_offset())
+    return {name: entering[name] for name in names}
 
 
-def _match(
-    state: NormState, pool: Pool, eps: float, counts: tuple[float, float]
-) -> dict[str, Tensor]:
+def _match(state: NormState, pool: Pool, eps: float, counts: Counts) -> dict[str, Tensor]:
     """Gain and offset that give the source's eval output on a sample of expected statistics.
 
     With expected mean M and variance V of the pool, and the source's root S = sqrt(var + eps):
@@ -240,17 +274,16 @@ def _match(
     """
     if state.running_mean is None or state.running_var is None:
         raise CannotConvert("it keeps no running statistics", 'use carry="copy"')
-    with torch.no_grad():
-        work = torch.float32 if state.running_mean.device.type == "mps" else torch.float64
-        mean, var = state.running_mean.to(work), state.running_var.to(work)
-        gain = torch.ones_like(mean) if state.weight is None else state.weight.to(work)
-        offset = torch.zeros_like(mean) if state.bias is None else state.bias.to(work)
-        expected_mean, expected_var = pool.expected(mean, var)
-        mean, var = state.rule.eval.expected(mean, var)
-        slope = state.counts[0] * gain / state.rule.eval.divisor(var, state.eps)
-        offset = state.counts[1] * offset + slope * (expected_mean - mean)
-        dtype = state.reference().dtype
-        return {
-            "weight": (slope * pool.divisor(expected_var, eps) / counts[0]).to(dtype),
-            "bias": (offset / counts[1]).to(dtype),
-        }
+    mean, var = precise(state.running_mean), precise(state.running_var)
+    gain, offset = state.gain_and_offset()
+    expected_mean, expected_var = pool.expected(mean, var)
+    mean, var = state.rule.eval.expected(mean, var)
+    slope = gain / state.rule.eval.divisor(var, state.eps)
+    gain = slope * pool.divisor(expected_var, eps)
+    return _entering(state, counts, gain, offset + slope * (expected_mean - mean))
+
+
+def _entering(state: NormState, counts: Counts, gain: Tensor, offset: Tensor) -> dict[str, Tensor]:
+    """Weight and bias that make a gain and an offset, in the source's precision."""
+    made = zip(AFFINE_TENSORS, counts.undone(gain, offset), strict=True)
+    return {name: value.to(state.reference().dtype) for name, value in made}

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normswap.norms.beside import Neighbour
+from normswap.norms.beside import Activation, Neighbour, Previous
+from normswap.norms.counts import PLAIN, Counts
 from normswap.norms.pool import BATCH, NOTHING, RUNNING, Rule
+from normswap.norms.precision import precise
 
 __all__ = [
     "AFFINE_TENSORS",
@@ -59,10 +61,13 @@ class NormState:
         settings: the norm's option values, by the names of its registry entry.
         trainable: whether weight and bias were trainable before a freeze, by name.
         parametrized: whether weight or bias is computed by a parametrization.
-        counts: what weight and bias are multiplied by in what the norm computes.
+        counts: how weight and bias enter what the norm computes.
+        names: what the module calls tensors, by their names here, where it calls them otherwise.
         obstacle: why the affine cannot be carried to another family; empty if it can.
         producer: the layer that feeds the norm, told only where the target needs it.
         consumer: the layer that alone reads the norm, likewise.
+        previous: the norm before the producer, likewise.
+        activation: the activation that alone reads the norm, likewise.
         like: a tensor whose device and dtype new tensors take.
     """
 
@@ -85,10 +90,13 @@ class NormState:
     settings: Mapping[str, object] = field(default_factory=dict)
     trainable: Mapping[str, bool] = field(default_factory=dict)
     parametrized: bool = False
-    counts: tuple[float, float] = (1.0, 1.0)
+    counts: Counts = PLAIN
+    names: Mapping[str, str] = field(default_factory=dict)
     obstacle: str = ""
     producer: Neighbour = field(default_factory=Neighbour)
     consumer: Neighbour = field(default_factory=Neighbour)
+    previous: Previous = field(default_factory=Previous)
+    activation: Activation = field(default_factory=Activation)
     like: Tensor | None = None
 
     @property
@@ -100,6 +108,14 @@ class NormState:
     def tracks(self) -> bool:
         """Whether running statistics are kept."""
         return self.running_mean is not None and self.running_var is not None
+
+    def gain_and_offset(self) -> tuple[Tensor, Tensor]:
+        """What weight and bias make in what the norm computes, (C,) each, in double precision."""
+        one = precise(self.reference().new_ones(self.num_features))
+        weight = one if self.weight is None else precise(self.weight)
+        return self.counts.applied(
+            weight, torch.zeros_like(one) if self.bias is None else precise(self.bias)
+        )
 
     def reference(self) -> Tensor:
         """A tensor that tells device and dtype for what has to be made anew."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normswap.errors import DegeneratePooling
 
-__all__ = ["merged", "ranks", "synchronized_batch_norm"]
+__all__ = ["merged", "merged_each", "ranks", "synchronized_batch_norm"]
 
 Group = Any  # torch.distributed.ProcessGroup exists only where torch was built with distributed
 
@@ -92,18 +92,40 @@ def merged(
     Raises:
         DegeneratePooling: all ranks together hold at most one value per channel.
     """
-    # In float32 a count would be rounded from 2**24 on.
-    counted = mean.new_full((1,), count, dtype=torch.float64)
-    packed = torch.cat([counted, mean.double(), m2.double()])
-    counts, means, m2s = _AllGather.apply(packed, group).split([1, len(mean), len(mean)], dim=1)
-    total = int(counts.sum().item())
+    counts = mean.new_full((1,), count, dtype=torch.float64)
+    whole, var, totals = merged_each(counts, mean[None], m2[None], group=group)
+    total = int(totals.item())
     if total <= 1:
         raise DegeneratePooling(
             f"{name}: expected more than one value per channel over all ranks in training, got "
             f"{total}; use a larger batch"
         )
-    whole = (counts * means).sum(0) / total
-    return whole, (m2s + counts * (means - whole).square()).sum(0) / total, total
+    return whole[0], var[0], total
+
+
+def merged_each(
+    counts: Tensor, means: Tensor, m2s: Tensor, *, group: Group | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of all ranks' values, for each of several sets.
+
+    Args:
+        counts: how many values this rank has for each channel in each set, (G,), in float64; in
+            float32 a count would be rounded from 2**24 on.
+        means: their means, (G, C).
+        m2s: the sums of their squared differences from these, (G, C).
+        group: the process group, ``None`` for the default one.
+
+    Returns:
+        Two tensors (G, C) and one (G,), in float64. Where a set has no values at all, zeros.
+    """
+    packed = torch.cat([counts[:, None], means.double(), m2s.double()], 1)
+    rows = _AllGather.apply(packed.reshape(-1), group).view(-1, *packed.shape)
+    counts, means, m2s = rows.split([1, means.shape[1], means.shape[1]], dim=2)
+    totals = counts.sum(0)
+    some = totals.clamp(min=1)
+    whole = (counts * means).sum(0) / some
+    var = (m2s + counts * (means - whole).square()).sum(0) / some
+    return whole, var, totals.squeeze(1)
 
 
 class _AllGather(torch.autograd.Function):

@@ -14,21 +14,19 @@ channels in a group should meet in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from normswap.norms.batch import BATCH_SOURCES
-from normswap.norms.entry import NormEntry, Option
-from normswap.norms.group import chosen_groups
+from normswap.norms.declared import declared
+from normswap.norms.entry import Option, whole
+from normswap.norms.grouped import GroupedNorm
 from normswap.norms.pool import RUNNING, Over, Pool, Rule
-from normswap.norms.start import Carry, Start, begin
+from normswap.norms.precision import precise
 from normswap.norms.state import NormState
-from normswap.norms.tracked import OPTIONS, TrackedNorm, furnished, of_source, precise, retold
+from normswap.norms.tracked import TrackedNorm
 
 __all__ = ["ENTRIES", "IterativeNorm"]
 
@@ -46,16 +44,17 @@ class _Whitening(Pool):
     iterations: int = ITERATIONS
 
 
-class IterativeNorm(TrackedNorm):
+class IterativeNorm(GroupedNorm, TrackedNorm):
     """weight · W (x - μ) + bias, where W nearly whitens each group of consecutive channels.
 
     Args:
         num_features: C.
-        num_groups: how many groups. Default 1.
+        num_groups: how many groups; by default so few that none has more than 64 channels.
         iterations: steps of Newton's iteration, at most 10. Default 5.
         **rest: as for `TrackedNorm`; eps is added to the diagonal of the covariance.
 
     Attributes:
+        running_mean: (C,).
         running_wm: (groups, C / groups, C / groups), the mean of W; starts as the identity.
 
     Raises:
@@ -63,25 +62,26 @@ class IterativeNorm(TrackedNorm):
     """
 
     own = ("running_wm",)
+    absorbs_eps = True
+    running_mean: Tensor
     running_wm: Tensor
 
     def __init__(
         self,
         num_features: int,
         *,
-        num_groups: int = 1,
         iterations: int = ITERATIONS,
         **rest: Any,
     ) -> None:
         super().__init__(num_features, **rest)
-        self.num_groups = num_groups
         self.iterations = iterations
-        identity = torch.eye(num_features // num_groups)
-        self.register_buffer("running_wm", identity.repeat(num_groups, 1, 1))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        identity = torch.eye(self.channels_per_group)
+        self.register_buffer("running_wm", identity.repeat(self.num_groups, 1, 1))
 
     def standardize(self, x: Tensor) -> Tensor:
         """Whiten by the batch, or by what was kept."""
-        rows = x.movedim(1, 0).reshape(self.num_groups, self.num_features // self.num_groups, -1)
+        rows = x.movedim(1, 0).reshape(self.num_groups, self.channels_per_group, -1)
         with torch.autocast(x.device.type, enabled=False):
             if self.training:
                 centred, whitening = self._measured(rows)
@@ -116,116 +116,61 @@ class IterativeNorm(TrackedNorm):
             root = 1.5 * root - 0.5 * torch.bmm(cube, normed)
         return root * trace.rsqrt()
 
+    @staticmethod
+    def default_groups(num_features: int) -> int:
+        """So few groups that none has more than 64 channels."""
+        fitting = (g for g in range(1, num_features + 1) if num_features % g == 0)
+        return next(g for g in fitting if num_features // g <= MOST_CHANNELS)
+
+    @property
+    def _is_diagonal(self) -> bool:
+        """Whether what was kept whitens nothing yet, and divides channel by channel."""
+        kept = self.running_wm
+        return kept.is_meta or torch.equal(kept, torch.diag_embed(kept.diagonal(dim1=1, dim2=2)))
+
+    def pools(self, *, tracks: bool) -> Rule:
+        """The batch; in eval mode what was kept, a batch norm's as long as that is diagonal."""
+        channels = self.channels_per_group
+        train = _Whitening("batch", channels=channels, iterations=self.iterations)
+        return Rule(train, RUNNING if self._is_diagonal else _Whitening(channels=channels))
+
+    def terms(self, mean: Tensor, var: Tensor, eps: float) -> dict[str, Tensor]:
+        """The diagonal matrices that divide as running variances do."""
+        slope = (var + eps).rsqrt().view(self.num_groups, -1)
+        return {"running_mean": mean, "running_wm": torch.diag_embed(slope)}
+
+    def retold(self) -> dict[str, Tensor]:
+        """The variance of what the matrices make white."""
+        whitening = precise(self.running_wm)
+        if self._is_diagonal:
+            var = whitening.diagonal(dim1=1, dim2=2).square().reciprocal()
+        else:
+            inverse = torch.linalg.inv_ex(whitening).inverse
+            var = torch.bmm(inverse, inverse.mT).diagonal(dim1=1, dim2=2)
+        return {"running_var": (var.reshape(-1) - self.eps).to(self.running_wm.dtype)}
+
+    def note(self, state: NormState) -> str:
+        """Say the groups."""
+        return f"{self.num_groups} groups of {self.channels_per_group}"
+
     def extra_repr(self) -> str:
         """Say its groups too."""
         return f"{super().extra_repr()}, num_groups={self.num_groups}"
 
 
-def _most_groups(num_features: int) -> int:
-    """So few groups that none has more than 64 channels."""
-    fitting = (g for g in range(1, num_features + 1) if num_features % g == 0)
-    return next(g for g in fitting if num_features // g <= MOST_CHANNELS)
-
-
-def start_iterative_norm(
-    state: NormState,
-    *,
-    carry: Carry = "auto",
-    num_groups: int | None = None,
-    channels_per_group: int | None = None,
-    iterations: int | None = None,
-    sync: bool = False,
-    process_group: Any = None,
-    eps: float | None = None,
-    momentum: float | None = None,
-    affine: bool | None = None,
-) -> Start:
-    """Start an IterativeNorm, which evaluates as what evaluated by running statistics did."""
-    size, steps = state.num_features, ITERATIONS if iterations is None else iterations
-    default: Callable[[int], int] = _most_groups
-    groups = chosen_groups(size, num_groups, channels_per_group, default=default)
-
-    def shell() -> nn.Module:
-        return furnished(
-            IterativeNorm(size, num_groups=groups, iterations=steps),
-            state,
-            sync=sync,
-            process_group=process_group,
-            eps=eps,
-            momentum=momentum,
-        )
-
-    train = _Whitening("batch", channels=size // groups, iterations=steps)
-    return begin(
-        state,
-        shell,
-        Rule(train, RUNNING),
-        carry=carry,
-        affine=affine,
-        note=f"{groups} groups of {size // groups}",
-        kept=partial(_kept, state, groups),
-    )
-
-
-def _kept(state: NormState, groups: int) -> dict[str, Tensor]:
-    """The diagonal matrices that divide as running variances do."""
-    var, taken = of_source(state)
-    slope = (var + state.eps).rsqrt().view(groups, -1)
-    return {**taken, "running_wm": torch.diag_embed(slope).to(taken["running_mean"].dtype)}
-
-
-def read_iterative_norm(module: nn.Module) -> NormState:
-    """Read an IterativeNorm; as long as it has not learned to whiten it is a batch norm in eval."""
-    if not isinstance(module, IterativeNorm):
-        raise TypeError(f"expected an IterativeNorm, got {type(module).__name__}")
-    channels = module.num_features // module.num_groups
-    whitening = precise(module.running_wm)
-    slopes = whitening.diagonal(dim1=1, dim2=2)
-    if whitening.is_meta or torch.equal(whitening, torch.diag_embed(slopes)):
-        evaluated, var = RUNNING, slopes.square().reciprocal()
-    else:
-        inverse = torch.linalg.inv_ex(whitening).inverse
-        evaluated = _Whitening(channels=channels)
-        var = torch.bmm(inverse, inverse.mT).diagonal(dim1=1, dim2=2)
-    train = _Whitening("batch", channels=channels, iterations=module.iterations)
-    return NormState(
-        norm="iter_norm",
-        kind="iter_norm",
-        rule=Rule(train, evaluated),
-        settings={
-            "num_groups": module.num_groups,
-            "channels_per_group": channels,
-            "iterations": module.iterations,
-            "sync": module.sync,
-            "process_group": module.process_group,
-            "eps": module.eps,
-            "momentum": module.momentum,
-            "affine": module.weight is not None,
-        },
-        **retold(module, var.reshape(-1) - module.eps),
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_ITERATIONS
-
-
 ENTRIES = (
-    NormEntry(
+    declared(
+        IterativeNorm,
         name="iter_norm",
         aliases=("iterative_normalization", "iternorm"),
         kind="iter_norm",
         axis="standardization",
         pooled="N × H·W, the covariance of a group of channels",
         paper="Huang et al. 2019, arXiv 1904.03441",
-        sources=BATCH_SOURCES,
-        start=start_iterative_norm,
-        reads={IterativeNorm: read_iterative_norm},
         options=(
             Option("num_groups", None, "None: so few that none has more than 64 channels"),
             Option("channels_per_group", None, "instead of num_groups"),
-            Option("iterations", None, "Newton's steps; None: 5", "1 to 10", _is_count),
-            *OPTIONS,
+            whole("iterations", None, "Newton's steps; None: 5", high=MOST_ITERATIONS),
         ),
     ),
 )

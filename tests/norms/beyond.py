@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normswap
 from normswap.norms.furnish import furnish
 from normswap.norms.state import fresh_state
-from tests.reference import beyond
-from tests.reference.beyond import Tensors
+from tests.reference import activating, beyond, own_terms
+from tests.reference.beyond import Formula, Tensors
 from tests.reference.data import fill, values
 
 CHANNELS = 6
@@ -25,16 +25,17 @@ class Beyond:
     """A norm with its options, its formula and the shapes of inputs that it takes.
 
     ``spread`` is a factor for its parameters: those of softmaxes that saturate leave regions of
-    hardly any positions, whose statistics no two formulas agree on to many digits.
+    hardly any positions, whose statistics no two formulas agree on to many digits. ``of_ranks``
+    makes the formula where it depends on how many samples each rank has.
     """
 
     norm: str
-    formula: Callable[[Tensor, Tensors, Tensors, bool], Tensor]
+    formula: Formula
     options: Mapping[str, Any] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] = tuple(SHAPES)
     autograd: bool = True
-    one_graph: bool = True
     spread: float = 1.0
+    of_ranks: Callable[..., Formula] | None = None
 
     def build(self, dim: int = 2) -> nn.Module:
         """The norm in double precision, every number in it different."""
@@ -87,6 +88,13 @@ def equal(one: Tensors, other: Tensors) -> bool:
 
 
 BEYOND = [
+    Beyond("frn", activating.filter_response_norm, shapes=tuple(SHAPES[1:])),
+    Beyond("frn", activating.filter_response_norm, {"learned_eps": True}),
+    Beyond("evonorm_b0", activating.evonorm_b0),
+    Beyond("evonorm_s0", activating.evonorm_s0(6)),
+    Beyond("evonorm_s0", activating.evonorm_s0(2), {"num_groups": 2}),
+    Beyond("evonorm_s0", activating.evonorm_s0(3), {"channels_per_group": 2}),
+    Beyond("evonorm_b0", activating.straight, {"nonlinearity": False}),
     Beyond("dyt", beyond.dynamic_tanh),
     Beyond("derf", beyond.dynamic_erf),
     Beyond("scale_norm", beyond.scale_norm),
@@ -114,12 +122,36 @@ BEYOND = [
         )
     ),
     *(
-        Beyond("power_norm", formula, options, autograd=False, one_graph=False)
+        Beyond("power_norm", formula, options, autograd=False)
         for formula, options in (
             (beyond.power_norm(10_000), {}),
             (beyond.power_norm(2), {"warmup": 2}),
             (beyond.power_norm(0, group_scale=False), {"warmup": 0, "group_scale": False}),
         )
+    ),
+    Beyond("mabn", beyond.moving_average_batch_norm(16, 100)),
+    Beyond(
+        "mabn",
+        beyond.moving_average_batch_norm(2, 0),
+        {"buffer_size": 2, "warmup": 0},
+        autograd=False,
+    ),
+    Beyond("batch_renorm", own_terms.batch_renorm()),
+    Beyond(
+        "batch_renorm",
+        own_terms.batch_renorm(1.5, 0.4),
+        {"r_max": 1.5, "d_max": 0.4},
+        autograd=False,
+    ),
+    Beyond("transnorm", own_terms.trans_norm(), autograd=False, of_ranks=own_terms.trans_norm),
+    Beyond("an", own_terms.attentive_batch_norm(2)),
+    *(
+        Beyond(
+            "an",
+            own_terms.attentive_batch_norm(way, 3),
+            {"attention": way, "num_mixtures": 3},
+        )
+        for way in range(7)
     ),
     Beyond("iter_norm", beyond.iterative_norm(1)),
     Beyond("iter_norm", beyond.iterative_norm(2), {"num_groups": 2}),

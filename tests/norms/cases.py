@@ -16,6 +16,7 @@ from normswap.norms.state import fresh_state
 from tests.reference import batch_relatives, formulas
 from tests.reference.data import fill, values
 from tests.reference.formulas import Running
+from tests.reference.sparsestmax import nearest
 
 CHANNELS = 6
 
@@ -166,6 +167,17 @@ SWITCHABLE = tracking("sn", formulas.switchable_norm)
 BIASED_SWITCHABLE = tracking(
     "sn", partial(formulas.switchable_norm, unbiased=False), unbiased=False
 )
+SPARSE = tracking("ssn", partial(formulas.switchable_norm, shares_of=nearest))
+TWICE = tracking("bcn", partial(batch_relatives.batch_channel_norm, groups=1))
+TWICE_IN_GROUPS = tracking(
+    "bcn", partial(batch_relatives.batch_channel_norm, groups=2), num_groups=2
+)
+ESTIMATED = tracking(
+    "bcn",
+    partial(batch_relatives.batch_channel_norm, groups=3, estimated=True),
+    channels_per_group=2,
+    estimated=True,
+)
 EXTENDED = tracking("ebn", batch_relatives.extended_batch_norm)
 BATCH_INSTANCE = tracking("bin", batch_relatives.batch_instance_norm)
 INSTANCE_BATCH = tracking("ibn", partial(batch_relatives.instance_batch_norm, first=3))
@@ -195,6 +207,10 @@ CASES = [
     BIASED_CHANNEL,
     SWITCHABLE,
     BIASED_SWITCHABLE,
+    SPARSE,
+    TWICE,
+    TWICE_IN_GROUPS,
+    ESTIMATED,
     EXTENDED,
     BATCH_INSTANCE,
     INSTANCE_BATCH,

@@ -19,6 +19,8 @@ SYNCHRONIZED = {
     str(case): case
     for case in BEYOND
     if any(option.name == "sync" for option in normswap.spec(case.norm).entry.options)
+    and not case.options.get("per_sample")
+    and case.options.get("nonlinearity", True)  # without, there is nothing to pool
 }
 SAMPLE = (CHANNELS, 3, 2)
 STEPS = 3
@@ -78,13 +80,14 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @each_cut
 @each_case
 def test_ranks_together_are_one_process(ranks: Results, name: str, kind: str) -> None:
-    case, samples = SYNCHRONIZED[name], sum(CUTS[len(ranks)][kind])
+    case, cut = SYNCHRONIZED[name], CUTS[len(ranks)][kind]
+    samples, formula = sum(cut), case.formula if case.of_ranks is None else case.of_ranks(*cut)
     norm = case.build()
     parameters, buffers = parameters_of(norm), buffers_of(norm)
     seen = [rank[f"{name}, {kind}"] for rank in ranks]
     for step in range(STEPS):
         x = batch(samples, step).requires_grad_()
-        y = case.formula(x, parameters, buffers, True)
+        y = formula(x, parameters, buffers, True)
         y.backward(batch(samples, step + 10))
         close(torch.cat([each["outputs"][step] for each in seen]), y)
         close(torch.cat([each["slopes"][step] for each in seen]), x.grad)

@@ -127,3 +127,14 @@ def test_a_single_value_is_refused(options: dict[str, bool], shape: tuple[int, .
 def test_what_an_option_has_to_be(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         normswap.spec("rn_l", **options)
+
+
+def test_regions_of_each_sample_are_not_synchronised() -> None:
+    with pytest.raises(OptionError, match="one rank"):
+        normswap.build("rn_l", CHANNELS, per_sample=True, sync=True)
+
+
+def test_an_empty_batch_is_let_through() -> None:
+    x = torch.zeros(0, CHANNELS, 3, 3).double().requires_grad_()
+    made()(x).sum().backward()
+    assert x.grad is not None

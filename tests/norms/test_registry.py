@@ -14,7 +14,7 @@ import normswap
 from normswap.errors import CannotConvert, NormSwapError, OptionError, UnknownNorm
 
 NAMES = ["bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "ln2d", "rms", "rms2d", "identity"]
-NAMES += ["dyt", "derf", "scale_norm", "l1_bn", "iter_norm", "lcn", "rn_l"]
+NAMES += ["dyt", "derf", "scale_norm", "l1_bn", "iter_norm", "lcn", "rn_l", "mabn"]
 NAMES += ["an_wang", "power_norm"]
 
 
@@ -43,6 +43,12 @@ def test_the_long_name_means_the_same(alias: str, name: str) -> None:
 def test_no_two_norms_share_a_name() -> None:
     names = [name for entry in normswap.list_norms() for name in (entry.name, *entry.aliases)]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["fold", "cosine", "pearson", "ws_gn", "cbn"])
+def test_what_is_no_layer_by_itself_is_refused_with_what_to_do(name: str) -> None:
+    with pytest.raises(OptionError, match=r"normswap.convert\(nn.Sequential\(layer"):
+        normswap.build(name, 8)
 
 
 @pytest.mark.parametrize("name", ["BN", "Sync_BN", "GroupNorm"])

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.norms.cases import CHANNELS, affine, start, statistics
-from tests.reference import formulas
+from tests.reference import batch_relatives, formulas
 from tests.reference.data import values
 from tests.reference.formulas import Running
+from tests.reference.sparsestmax import nearest
 
 STEPS = 3
 
@@ -69,6 +70,17 @@ SETTINGS = {
         options={**SYNC_OPTION, "unbiased": False},
         formula=partial(switchable, unbiased=False),
     ),
+    "bcn": Setting(
+        "bcn",
+        options={**SYNC_OPTION, "num_groups": 2},
+        formula=partial(batch_relatives.batch_channel_norm, groups=2),
+    ),
+    "bcn estimated": Setting(
+        "bcn",
+        options={**SYNC_OPTION, "num_groups": 2, "estimated": True},
+        formula=partial(batch_relatives.batch_channel_norm, groups=2, estimated=True),
+    ),
+    "ssn": Setting("ssn", options=SYNC_OPTION, formula=partial(switchable, shares_of=nearest)),
     "sync_bn": Setting("sync_bn"),
     "sync_bn without positions": Setting("sync_bn", (CHANNELS,)),
     "sync_bn of tokens": Setting("sync_bn", (4, CHANNELS), channel_dim=-1),

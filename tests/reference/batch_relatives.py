@@ -30,6 +30,40 @@ def extended_batch_norm(
     return scaled((x - mean) / (var.mean() + eps) ** 0.5, weight, bias)
 
 
+def batch_channel_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Running,
+    group_weight: Tensor,
+    group_bias: Tensor,
+    *,
+    groups: int,
+    estimated: bool = False,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Qiao et al. 2019: each channel over the batch, then groups of each sample.
+
+    By estimate the first goes by what is kept, which has followed this batch.
+    """
+    if training and estimated:
+        old = per_channel(running.mean, x)
+        dims = (0, *position_dims(x))
+        values = x.numel() // x.shape[1]
+        square = ((x - old) ** 2).sum(dims) / values
+        running.update(x.sum(dims) / values, square, momentum)
+        mean, var = per_channel(running.mean, x), per_channel(running.var, x)
+    else:
+        mean, var = _over_batch(x, running, training, momentum)
+    z = scaled((x - mean) / (var + eps) ** 0.5, weight, bias)
+    grouped = z.reshape(len(x), groups, -1)
+    mean, var = moments(grouped, (2,))
+    y = (grouped - mean) / (var + eps) ** 0.5 * group_weight[:, None] + group_bias[:, None]
+    return y.reshape(x.shape)
+
+
 def batch_instance_norm(
     x: Tensor,
     weight: Tensor,

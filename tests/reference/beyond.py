@@ -215,6 +215,42 @@ def power_norm(warmup: int, *, group_scale: bool = True) -> Formula:
     return formula
 
 
+def moving_average_batch_norm(size: int, warmup: int) -> Formula:
+    """Yan et al. 2020 as in the released code; its backward is a hook on what is normalized."""
+
+    def formula(x: Tensor, parameters: Tensors, buffers: Tensors, training: bool) -> Tensor:
+        kept = buffers["running_square"]
+        if not training:
+            return scaled(x / along(kept + 1e-5, x) ** 0.5, parameters)
+        every = (0, *range(2, x.ndim))
+        step = int(buffers["steps"]) + 1
+        alone = step <= size or step < warmup
+
+        def recent(name: str, new: Tensor) -> Tensor:
+            slots = list(buffers[name])
+            slots[step % size] = new
+            buffers[name] = torch.stack(slots)
+            return new if alone else sum(slots[1:], slots[0]) / size
+
+        square = recent("recent_squares", (x.detach() ** 2).mean(every))
+        z = x.detach() / along(square + 1e-5, x) ** 0.5
+
+        def backward(dz: Tensor) -> Tensor:
+            slope = recent("recent_products", (dz * z).mean(every))
+            return (dz - z * along(slope, z)) / along(square + 1e-5, x) ** 0.5
+
+        factor = torch.ones_like(square)
+        if step > max(1000, warmup):
+            factor = ((square + 1e-5) ** 0.5 / (kept + 1e-5) ** 0.5).clip(1 / 5, 5)
+        buffers["steps"] = torch.tensor(step)
+        follow(buffers, running_square=square)
+        through = x - x.detach() + z
+        through.register_hook(backward)
+        return scaled(through * along(factor, x), parameters)
+
+    return formula
+
+
 def follow(buffers: Tensors, momentum: float = 0.1, **measured: Tensor) -> None:
     """Move what is kept towards what was measured, and count."""
     for name, new in measured.items():

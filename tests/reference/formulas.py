@@ -6,6 +6,7 @@ otherwise, variances are biased where they divide and unbiased where they are ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +141,11 @@ def rms_norm_of_positions(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float
     return scaled(x / (square + eps) ** 0.5, weight, bias)
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Shares that are never zero."""
+    return logits.exp() / logits.exp().sum()
+
+
 def switchable_norm(
     x: Tensor,
     weight: Tensor,
@@ -152,11 +158,12 @@ def switchable_norm(
     unbiased: bool = True,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
+    shares_of: Callable[[Tensor], Tensor] = softmax,
 ) -> Tensor:
     """Luo et al. 2019 with the variances of their code, or with the biased ones of the paper.
 
     Second moments are averaged, and the squared mean taken off. What is kept is the variance that
-    divided, or the unbiased one of a biased one.
+    divided, or the unbiased one of a biased one. Others make shares of the logits in another way.
     """
     if x.ndim == 2:
         every = x.unsqueeze(2)
@@ -171,6 +178,7 @@ def switchable_norm(
             unbiased=unbiased,
             momentum=momentum,
             eps=eps,
+            shares_of=shares_of,
         )
         return y.squeeze(2)
     samples, positions = x.shape[0], x[0, 0].numel()
@@ -189,7 +197,7 @@ def switchable_norm(
         running.update(mean.flatten(), var.flatten() * bessel, momentum)
     else:
         statistics[2] = per_channel(running.mean, x), per_channel(running.var, x)
-    shares = [logits.exp() / logits.exp().sum() for logits in (mean_weight, var_weight)]
+    shares = [shares_of(logits) for logits in (mean_weight, var_weight)]
     mean = sum(share * one for share, (one, _) in zip(shares[0], statistics, strict=True))
     var = sum(share * one for share, (_, one) in zip(shares[1], statistics, strict=True))
     return scaled((x - mean) / (var + eps) ** 0.5, weight, bias)

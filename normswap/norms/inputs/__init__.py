@@ -1,0 +1,1 @@
+"""Extra inputs of norms: a domain, a mask, a label, a style, beside the tensor that flows."""
