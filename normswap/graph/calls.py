@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normswap.graph.functional import Call, Forward, forward_of
+from normswap.graph.forward import Forward
+from normswap.graph.functional import Call, forward_of, norm_calls
 from normswap.norms.functional import FunctionalNorm, child_name
 from normswap.norms.pool import BATCH, NOTHING, POSITION, RUNNING, Pool, Rule, per_group
 from normswap.norms.rms import default_eps
@@ -38,7 +39,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def holders(module: nn.Module) -> Iterator[nn.Module]:
     """The children whose tensors a module hands to norm functions without calling them."""
     forward = forward_of(own_class(module))
-    for call in forward.calls if forward else ():
+    for call in norm_calls(forward) if forward else ():
         for expression in call.arguments.values():
             attribute = forward.attribute(expression) if forward else None
             if attribute is not None and "." in attribute:
@@ -54,7 +55,7 @@ def functional_norms(module: nn.Module) -> Iterator[tuple[FunctionalNorm, str]]:
     if "forward" in vars(module):
         return
     forward = forward_of(own_class(module))
-    for call in forward.calls if forward else ():
+    for call in norm_calls(forward) if forward else ():
         name = child_name(call.kind, call.index)
         if not call.normalizes_input or name in module._modules or forward is None:
             continue

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["sharing_copy", "structure_copy"]
+__all__ = ["sharing_copy", "structure_copy", "without_hooks"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +31,11 @@ def structure_copy(model: M) -> M:
         for buffer in module._buffers.values():
             if buffer is not None:
                 memo[id(buffer)] = buffer.detach().clone()
-    copied = copy.deepcopy(model, memo)
+    return without_hooks(copy.deepcopy(model, memo))
+
+
+def without_hooks(copied: M) -> M:
+    """A copy without the hooks that it has of the model."""
     for module in copied.modules():
         for name in _HOOKS:
             vars(module)[name] = OrderedDict()

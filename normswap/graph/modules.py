@@ -11,10 +11,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from normswap.errors import UnsupportedModel
+from normswap.graph.behaviour import Behaviour
 from normswap.graph.calls import functional_norms, holders, own_class
 from normswap.graph.functional import forward_of
+from normswap.graph.handwritten import handwritten_norms, may_have_handwritten
+from normswap.graph.known import is_norm, looks_like_a_norm, read_by_behaviour, recognised
 from normswap.graph.neighbours import Neighbourhood
-from normswap.graph.shapes import observe_shapes
 from normswap.graph.site import NormSite, Sites
 from normswap.norms.functional import referred, refresh
 from normswap.norms.pool import NOTHING, Rule
@@ -27,42 +29,49 @@ __all__ = ["find", "quantized", "read_site", "require_module", "uninitialised"]
 def find(model: nn.Module, example_inputs: Any = None) -> Sites:
     """Find every normalization of a model, the model itself included.
 
-    Modules are found by walking; what is inside a norm (a fused activation, an inner norm) is the
-    norm's own and not listed. What feeds a norm, what follows it and how often it is called is
-    read from a torch.fx trace of a copy, made at the first question. The model is not touched.
+    Modules are found by walking. A module of an unknown class that has no children, and whose
+    code takes statistics, is tried out on a copy, and is a norm if a formula can be told that
+    gives its outputs. What is inside a norm (a fused activation, an inner norm) is the norm's own
+    and not listed. What feeds a norm, what follows it and how often it is called is read from a
+    torch.fx trace of a copy, made at the first question. The model is not touched.
 
     Args:
         model: any module.
-        example_inputs: arguments for one forward in eval mode, to learn the input shapes: a
-            tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        example_inputs: arguments for one forward in eval mode: a tensor, a tuple or list of
+            positional arguments, or a mapping of keyword arguments. A run of a copy is recorded,
+            on the meta device if it can be, and takes the place of the trace: it sees through any
+            control flow of Python, and tells the input shapes.
 
     Returns:
         The sites in the order of the model's modules; ``print()`` shows a table.
     """
     require_module(model)
-    known: dict[type[nn.Module], bool] = {}
+    unrecognised: dict[str, str] = {}
     names: dict[int, list[str]] = {}
     norms: dict[int, nn.Module] = {}
     inside: set[int] = set()
     parts: dict[int, str] = {}
     callers: dict[int, tuple[nn.Module, list[str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        cls = type(module)
-        if cls not in known:
-            known[cls] = reader(cls) is not None
         if quantized(module):
-            parts.update((id(child), cls.__name__) for child in module.modules())
-        if known[cls] and id(module) not in inside:
+            parts.update((id(child), type(module).__name__) for child in module.modules())
+        if id(module) in inside:
+            continue
+        if reader(type(module)) is None and forward_of(own_class(module)) is not None:
+            callers.setdefault(id(module), (module, []))[1].append(path)
+        elif is_norm(module):
             if id(module) not in norms:
                 inside.update(map(id, module.modules()))
                 inside.discard(id(module))
             norms[id(module)] = module
             names.setdefault(id(module), []).append(path)
-        elif known[cls] or id(module) in inside:
-            continue
-        elif forward_of(own_class(module)) is not None:
-            callers.setdefault(id(module), (module, []))[1].append(path)
-    neighbourhood = Neighbourhood(model)
+        else:
+            if may_have_handwritten(module):
+                callers.setdefault(id(module), (module, []))[1].append(path)
+            problem = looks_like_a_norm(module)
+            if problem:
+                unrecognised[path] = f"{type(module).__name__}: {problem}"
+    neighbourhood = Neighbourhood(model, example_inputs)
     sites = [
         read_site(module, names[key][0], tuple(names[key][1:]), neighbourhood)
         for key, module in norms.items()
@@ -71,13 +80,15 @@ def find(model: nn.Module, example_inputs: Any = None) -> Sites:
     read = {id(holder): owner for owner, _ in callers.values() for holder in holders(owner)}
     sites = [_read_by_a_call(site, read) for site in sites]
     sites += [site for owner, paths in callers.values() for site in _called(owner, paths)]
-    if example_inputs is not None:
-        shapes = observe_shapes(model, example_inputs, [site.path for site in sites])
+    if neighbourhood.recording is not None:
+        shapes = neighbourhood.recording.shapes
         sites = [
-            site if site.owner is not None else replace(site, input_shapes=tuple(shapes[site.path]))
+            site
+            if site.owner is not None
+            else replace(site, input_shapes=tuple(shapes.get(site.path, ())))
             for site in sites
         ]
-    return Sites(sites, neighbourhood)
+    return Sites(sites, neighbourhood, unrecognised)
 
 
 def read_site(
@@ -91,14 +102,18 @@ def read_site(
     Raises:
         TypeError: the module is not of a known class.
     """
-    found = reader(type(module))
-    if found is None:
-        raise TypeError(f"{type(module).__name__} is not a known norm")
-    read, known_class = found
-    obstacle = _obstacle(module, known_class)
+    known, told = reader(type(module)), recognised(module)
     unready = uninitialised(module) or quantized(module)
     refresh(module)
-    state = _unread(module) if unready else read(module)
+    if isinstance(told, Behaviour):
+        obstacle = _hooked(module)
+        state = _unread(module) if unready else read_by_behaviour(module, told)
+    elif known is not None:
+        read, known_class = known
+        obstacle = _obstacle(module, known_class)
+        state = _unread(module) if unready else read(module)
+    else:
+        raise TypeError(f"{type(module).__name__} is not a known norm")
     if not obstacle and not state.norm:
         obstacle = f"{state.obstacle}; leave it out by skip="
     return NormSite(
@@ -110,6 +125,7 @@ def read_site(
         aliases=aliases,
         obstacle=obstacle,
         unready=unready,
+        recognised=told.words if isinstance(told, Behaviour) else "",
         _neighbourhood=neighbourhood,
     )
 
@@ -126,6 +142,17 @@ def _called(owner: nn.Module, paths: list[str]) -> Iterator[NormSite]:
             owner=owner,
             aliases=(*paths[1:], *(f"{path}.{stub.name}".lstrip(".") for path in paths)),
             obstacle=f"{problem}; leave it out by skip=" if problem else "",
+        )
+    for stub, words in handwritten_norms(owner):
+        yield NormSite(
+            path=paths[0],
+            kind=stub.state.kind,
+            origin="handwritten",
+            module=stub,
+            state=stub.state,
+            owner=owner,
+            aliases=(*paths[1:], *(f"{path}.{stub.name}".lstrip(".") for path in paths)),
+            recognised=words,
         )
 
 
@@ -169,6 +196,11 @@ def _obstacle(module: nn.Module, known_class: type[nn.Module]) -> str:
             f"it overrides the forward of {known_class.__name__}, so what it computes is not "
             "known; leave it out by skip="
         )
+    return _hooked(module)
+
+
+def _hooked(module: nn.Module) -> str:
+    """Whether its tensors are made anew at every forward, and the way out, if so."""
     for name in ("weight", "bias"):
         if name in vars(module) and name not in referred(module):
             return f"its {name} is recomputed by a hook; remove that hook (weight norm?) first"

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from operator import methodcaller
+from typing import Any
 
 import torch.fx
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from normswap.graph.activations import ACTIVATION_NAMES, applied, is_activation
+from normswap.graph.known import is_norm
+from normswap.graph.recording import Recording, record
 from normswap.graph.tracer import Trace, trace
-from normswap.norms.registry import reader
 
-__all__ = ["Neighbourhood", "Neighbours"]
+__all__ = ["Neighbourhood", "Neighbours", "sole_reader"]
 
 _LINEAR = (_ConvNd, nn.Linear)
-_ACTIVATION_NAMES = frozenset(
-    name.lower() for name in torch.nn.modules.activation.__all__ if name != "MultiheadAttention"
-) | {"relu_", "silu_", "hardswish_", "leaky_relu", "hard_sigmoid", "log_softmax"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Neighbours:
         producers: paths of all convolutions and linears that feed it, at any call.
         consumer: path of the convolution or linear that alone reads the norm's output, or
             ``None``.
+        previous: path of the norm before the producer, with at most an activation between.
+        between: that activation, as a function of a tensor, or ``None``.
         feeds_alone: whether the producer's output is read by nothing but the norm.
         activation: what alone reads the norm's output: the path of an activation module or the
             name of an activation function, or ``None``.
@@ -42,6 +45,8 @@ class Neighbours:
     producer: str | None = None
     producers: tuple[str, ...] = ()
     consumer: str | None = None
+    previous: str | None = None
+    between: Callable[..., Any] | None = None
     feeds_alone: bool = False
     activation: str | None = None
     calls: int = 0
@@ -49,15 +54,36 @@ class Neighbours:
 
 
 class Neighbourhood:
-    """Answers about the surroundings of a model's norms; traces at the first question."""
+    """Answers about the surroundings of a model's norms; traces at the first question.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        example_inputs: arguments of one run to record; ``None`` to trace without.
+        evaluating: whether that is run in eval mode, or as the modules are.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Any = None, *, evaluating: bool = True
+    ) -> None:
         self._model = model
+        self._inputs = example_inputs
+        self._evaluating = evaluating
+
+    @cached_property
+    def recording(self) -> Recording | None:
+        """What a run on example inputs showed; ``None`` without them.
+
+        Raises:
+            Exception: whatever the forward raises.
+        """
+        if self._inputs is None:
+            return None
+        return record(self._model, self._inputs, evaluating=self._evaluating)
 
     @cached_property
     def trace(self) -> Trace:
         """The graphs that the answers are read from."""
-        return trace(self._model)
+        return trace(self._model) if self.recording is None else self.recording.trace
 
     def of(self, path: str) -> Neighbours | None:
         """The surroundings of the norm at a path, or ``None`` where no graph shows it."""
@@ -67,8 +93,8 @@ class Neighbourhood:
     @cached_property
     def _hidden(self) -> tuple[str, ...]:
         """Prefixes of what may be called where no graph shows it: parts that are single nodes."""
-        targets = {prefix + str(node.target) for node, prefix in self._seen}
-        whole = (path for path in targets if reader(type(self._modules[path])) is None)
+        targets = {prefix + str(node.target) for node, prefix in self.seen}
+        whole = (path for path in targets if not is_norm(self._modules[path]))
         return tuple(f"{path}." if path else "" for path in (*self.blind, *whole))
 
     @property
@@ -100,11 +126,11 @@ class Neighbourhood:
     @cached_property
     def _calls(self) -> Counter[int]:
         return Counter(
-            id(self._modules.get(prefix + str(node.target))) for node, prefix in self._seen
+            id(self._modules.get(prefix + str(node.target))) for node, prefix in self.seen
         )
 
     @cached_property
-    def _seen(self) -> list[tuple[torch.fx.Node, str]]:
+    def seen(self) -> list[tuple[torch.fx.Node, str]]:
         """Every call of a module in order, with the prefix of the graph that it is in."""
         return list(self._calls_in(None))
 
@@ -125,9 +151,9 @@ class Neighbourhood:
             first_path.setdefault(id(module), path)
         calls: dict[str, list[tuple[int, torch.fx.Node, str]]] = {}
         order = 0
-        for node, prefix in self._seen:
+        for node, prefix in self.seen:
             called = self._modules.get(prefix + str(node.target))
-            if called is not None and reader(type(called)) is not None:
+            if called is not None and is_norm(called):
                 calls.setdefault(first_path[id(called)], []).append((order, node, prefix))
                 order += 1
         return {path: _summary(seen, self._modules) for path, seen in calls.items()}
@@ -138,10 +164,14 @@ def _summary(
 ) -> Neighbours:
     """What all calls of one norm, each with its place in the order and its prefix, agree on."""
     before = [_producer(node, prefix, modules) for _, node, prefix in calls]
+    earlier = [_previous(node, prefix, modules) for _, node, prefix in calls]
+    previous = _agreed([path for path, _ in earlier])
     return Neighbours(
         producer=_agreed([path for path, _ in before]),
         producers=tuple(dict.fromkeys(path for path, _ in before if path)),
         consumer=_agreed([_consumer(node, prefix, modules) for _, node, prefix in calls]),
+        previous=previous,
+        between=earlier[0][1] if previous else None,
         feeds_alone=all(alone for _, alone in before),
         activation=_agreed([_activation(node, prefix, modules) for _, node, prefix in calls]),
         calls=len(calls),
@@ -158,18 +188,54 @@ def _producer(
     node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]
 ) -> tuple[str | None, bool]:
     """The layer that feeds a call, through identities, and whether it feeds nothing else."""
-    alone = True
-    source = _first_input(node)
-    while isinstance(source, torch.fx.Node) and source.op == "call_module":
+    source, alone = _source(node, prefix, modules)
+    path = prefix + str(source.target) if source is not None else ""
+    return (path, alone) if isinstance(modules.get(path), _LINEAR) else (None, False)
+
+
+def _previous(
+    node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]
+) -> tuple[str | None, Callable[..., Any] | None]:
+    """The norm before the layer that feeds a call, and the activation between the two."""
+    layer, _ = _source(node, prefix, modules)
+    if layer is None or not isinstance(modules.get(prefix + str(layer.target)), _LINEAR):
+        return None, None
+    source, _ = _source(layer, prefix, modules)
+    between = None if source is None else _as_function(source, prefix, modules)
+    if source is not None and between is not None:
+        source, _ = _source(source, prefix, modules)
+    path = "" if source is None else prefix + str(source.target)
+    module = modules.get(path) if source is not None and source.op == "call_module" else None
+    return (path, between) if module is not None and is_norm(module) else (None, None)
+
+
+def _source(
+    node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]
+) -> tuple[torch.fx.Node | None, bool]:
+    """The call whose output a call reads, past identities, and whether nothing else reads that."""
+    alone, source = True, _first_input(node)
+    while isinstance(source, torch.fx.Node) and source.op.startswith("call"):
         alone = alone and len(source.users) == 1
-        path = prefix + str(source.target)
-        module = modules.get(path)
-        if isinstance(module, _LINEAR):
-            return path, alone
+        module = modules.get(prefix + str(source.target)) if source.op == "call_module" else None
         if not isinstance(module, nn.Identity):
-            break
+            return source, alone
         source = _first_input(source)
     return None, False
+
+
+def _as_function(
+    node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]
+) -> Callable[..., Any] | None:
+    """The activation that a node is, as a function of a tensor, or ``None``."""
+    if node.op == "call_module":
+        module = modules.get(prefix + str(node.target))
+        return module if is_activation(module) else None
+    name, further = getattr(node.target, "__name__", str(node.target)), node.args[1:]
+    given = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    if name not in ACTIVATION_NAMES or len(node.all_input_nodes) != 1:
+        return None
+    called = methodcaller(name) if isinstance(node.target, str) else node.target
+    return partial(applied, called, further, given)
 
 
 def _first_input(node: torch.fx.Node) -> object:
@@ -177,30 +243,34 @@ def _first_input(node: torch.fx.Node) -> object:
     return next(iter((*node.args, *node.kwargs.values())), None)
 
 
-def _reader(
+def sole_reader(
     node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]
-) -> tuple[torch.fx.Node, str, nn.Module | None] | None:
-    """What alone reads a call's output, past identities: node, and path and module if it is one."""
+) -> tuple[str, nn.Module | None] | None:
+    """What alone reads a call's output, past identities, or ``None``.
+
+    Returns:
+        Path and module if it is a module, else the name of a function.
+    """
     while len(node.users) == 1:
         node = next(iter(node.users))
+        if node.op != "call_module":
+            return getattr(node.target, "__name__", str(node.target)), None
         path = prefix + str(node.target)
-        module = modules.get(path) if node.op == "call_module" else None
+        module = modules.get(path)
         if not isinstance(module, nn.Identity):
-            return node, path, module
+            return path, module
     return None
 
 
 def _consumer(node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]) -> str | None:
-    found = _reader(node, prefix, modules)
-    return found[1] if found and isinstance(found[2], _LINEAR) else None
+    found = sole_reader(node, prefix, modules)
+    return found[0] if found and isinstance(found[1], _LINEAR) else None
 
 
 def _activation(node: torch.fx.Node, prefix: str, modules: dict[str, nn.Module]) -> str | None:
-    found = _reader(node, prefix, modules)
+    found = sole_reader(node, prefix, modules)
     if found is None:
         return None
-    user, path, module = found
-    if module is not None:
-        return path if type(module).__name__.lower() in _ACTIVATION_NAMES else None
-    name = getattr(user.target, "__name__", str(user.target))
-    return name if name in _ACTIVATION_NAMES else None
+    name, module = found
+    known = name in ACTIVATION_NAMES if module is None else is_activation(module)
+    return name if known else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +33,7 @@ class NormSite:
         aliases: the other names under which the model has the same object.
         input_shapes: with example inputs, the input's shape at each call.
         obstacle: why it cannot be converted to anything; empty if it can.
+        recognised: how it was recognised, if not by its class.
         unready: whether it has no weights to speak of yet, or no longer: lazy or quantized.
     """
 
@@ -46,6 +47,7 @@ class NormSite:
     input_shapes: tuple[tuple[int, ...], ...] | None = None
     obstacle: str = ""
     unready: bool = False
+    recognised: str = ""
     _neighbourhood: Neighbourhood | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -125,14 +127,25 @@ class NormSite:
 
 
 class Sites(Listing[NormSite]):
-    """The normalizations of a model, in the order of its modules; prints as a table."""
+    """The normalizations of a model, in the order of its modules; prints as a table.
+
+    Attributes:
+        unrecognised: by path, modules that look like norms and could not be confirmed as such,
+            with the reason. They are left alone.
+    """
 
     title = "Normalizations"
     columns = ("path", "kind", "class", "C", "channels at", "fed by", "activation", "also called")
 
-    def __init__(self, sites: Iterable[NormSite], neighbourhood: Neighbourhood) -> None:
+    def __init__(
+        self,
+        sites: Iterable[NormSite],
+        neighbourhood: Neighbourhood,
+        unrecognised: Mapping[str, str],
+    ) -> None:
         super().__init__(sites)
         self._neighbourhood = neighbourhood
+        self.unrecognised = dict(unrecognised)
 
     @property
     def blind(self) -> dict[str, str]:
@@ -144,9 +157,12 @@ class Sites(Listing[NormSite]):
         return dict(Counter(site.kind for site in self))
 
     def summary(self) -> str:
-        """How many there are, of what."""
+        """How many there are, of what, and what was told by behaviour."""
         of_each = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
-        return f"{len(self)} normalizations" + (f": {of_each}" if of_each else "")
+        lines = [f"{len(self)} normalizations" + (f": {of_each}" if of_each else "")]
+        told = {f"{site.source} {site.recognised}" for site in self if site.recognised}
+        left = {f"not recognised: {reason}" for reason in self.unrecognised.values()}
+        return "\n".join([*lines, *sorted(told), *sorted(left)])
 
     def cells(self, item: NormSite) -> tuple[object, ...]:
         """One site as a row."""

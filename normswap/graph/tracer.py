@@ -10,11 +10,12 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
+from normswap.graph.calls import own_class
 from normswap.graph.copying import structure_copy
-from normswap.norms.registry import reader
+from normswap.graph.known import is_norm
 from normswap.randomness import kept_random_state
 
-__all__ = ["Fragment", "Trace", "leave_whole", "trace"]
+__all__ = ["Fragment", "Trace", "is_whole", "leave_whole", "trace"]
 
 #: What other libraries declare not to be traced through; see `leave_whole`.
 _WHOLE_MODULES: set[type[nn.Module]] = set()
@@ -95,18 +96,18 @@ def _trace_part(part: nn.Module, prefix: str, host: str | None, result: Trace) -
 
 def _trace_children(part: nn.Module, prefix: str, host: str | None, result: Trace) -> None:
     for name, child in part.named_children():
-        if child._modules and not _is_whole(child):
+        if child._modules and not is_whole(child):
             _trace_part(child, f"{prefix}{name}.", host, result)
 
 
-def _is_whole(module: nn.Module) -> bool:
+def is_whole(module: nn.Module) -> bool:
     """Whether a module is one node by its kind: a norm, or what Python does not run."""
-    return reader(type(module)) is not None or isinstance(module, torch.jit.ScriptModule)
+    return is_norm(module) or isinstance(module, torch.jit.ScriptModule)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
     """The forward's defaulted arguments: as proxies they would take the other branch."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    parameters = inspect.signature(own_class(module).forward).parameters.values()
     return {
         parameter.name: parameter.default
         for parameter in parameters
@@ -130,7 +131,7 @@ class _AdaptiveTracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             not m._modules
-            or _is_whole(m)
+            or is_whole(m)
             or module_qualified_name in self.failed
             or type(m) in _WHOLE_MODULES
         )

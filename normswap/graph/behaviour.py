@@ -1,0 +1,304 @@
+"""Unknown modules that behave like norms: asked by inputs what they do, and believed when rebuilt.
+
+A module is run on numbers of its own, in double precision: a copy without the model's tensors,
+hooks and mode. What is asked, in this order:
+
+* Is ``y(x) + y(-x)`` twice an offset of each channel? Then the rest is odd, as standardization is.
+* Which standardization of large inputs, where eps does not count, is the rest a gain times?
+* Which of its parameters are gain and offset, and is it ``weight`` or ``1 + weight``?
+* What is added under the root? Small inputs tell.
+* Does the formula that this makes give the module's outputs, on fresh inputs of other sizes?
+
+Only a module that passes the last is taken for a norm. What its class is called counts for
+nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from normswap.graph.candidates import is_candidate, required_arguments
+from normswap.graph.standardizing import Layout, layouts, pools, spread, standardized
+from normswap.norms.counts import PLAIN, Counts
+from normswap.norms.pool import RUNNING, Pool, Rule
+from normswap.randomness import kept_random_state
+
+__all__ = ["Behaviour", "Unexplained", "behaviour_of", "explained"]
+
+_OVER = {
+    "position": "the channels of a position",
+    "group": "a group of channels of a sample",
+    "batch": "the batch",
+}
+
+#: What a rebuilt output may differ by, relative to the largest: the rounding of single precision,
+#: which many a norm computes in whatever it is given.
+TOLERANCE = 1e-6
+
+#: Standard deviation of inputs beside which no eps counts, and of inputs beside which any does.
+LARGE, SMALL = 1e4, 1e-7
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a module was found to compute.
+
+    Args:
+        rule: what it pools over.
+        layout: where its channels are, in which inputs.
+        num_features: C.
+        eps: added under the root, to the biased variance.
+        names: of its attributes that are weight, bias and running statistics.
+        counts: how weight and bias enter.
+        dim: how many dimensions follow the channels, if it takes only as many.
+    """
+
+    rule: Rule
+    layout: Layout
+    num_features: int
+    eps: float
+    names: Mapping[str, str] = field(default_factory=dict)
+    counts: Counts = PLAIN
+    dim: int | None = None
+
+    @property
+    def words(self) -> str:
+        """What was found, for people."""
+        pool = self.rule.train
+        of = "mean and variance" if pool.centred else "mean square"
+        gain = f"{'1 + ' if self.counts.base else ''}{self.names.get('weight', '')}"
+        parts = [f"{of} over {_OVER[pool.over]}", f"eps {self.eps:.3g}"]
+        parts += [f"gain {gain}"] if "weight" in self.names else []
+        parts += [f"offset {self.names['bias']}"] if "bias" in self.names else []
+        return "by behaviour: " + ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Unexplained:
+    """A module that might be a norm and is none that could be confirmed, and why."""
+
+    reason: str
+
+
+def behaviour_of(module: nn.Module) -> Behaviour | Unexplained | None:
+    """Tell what a module of an unknown class computes; ``None`` if it is no candidate.
+
+    The module is not touched or run; a copy of it is.
+    """
+    if not is_candidate(module):
+        return None
+    arguments = required_arguments(type(module))
+    if len(arguments) != 1:
+        told = ", ".join(arguments) or "nothing"
+        return Unexplained(f"its forward takes {told}, where a norm takes one tensor")
+    return explained(module)
+
+
+def explained(module: nn.Module) -> Behaviour | Unexplained:
+    """Tell what a module of one tensor computes."""
+    try:
+        with torch.no_grad(), kept_random_state():
+            return _explained(module)
+    except Exception as error:  # it is somebody's code on inputs that it was not made for
+        return Unexplained(f"it could not be tried: {type(error).__name__}")
+
+
+def _explained(module: nn.Module) -> Behaviour | Unexplained:
+    subject = _Subject(module)
+    size = subject.channels
+    if not size:
+        return Unexplained("it has no weight that tells its number of channels")
+    nearest = "no standardization has its outputs"
+    for layout in layouts(size):
+        if not subject.takes(layout):
+            continue
+        for found in _guesses(subject, layout):
+            problem = _misfit(subject, found)
+            if not problem:
+                return replace(found, dim=_dim(subject, layout))
+            nearest = problem
+    return Unexplained(nearest)
+
+
+class _Subject:
+    """A copy of a module that can be run on anything, with numbers of its own as tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._draw = torch.Generator().manual_seed(0)
+        memo = {
+            id(tensor): self._drawn(tensor) for tensor in (*module.parameters(), *module.buffers())
+        }
+        self.module = copy.deepcopy(module, memo)
+        for name, value in vars(nn.Module()).items():
+            if "hook" in name:
+                vars(self.module)[name] = type(value)() if value is not None else None
+        self.parameters = self._of_channels(self.module._parameters)
+        self.buffers = self._of_channels(self.module._buffers)
+
+    @property
+    def channels(self) -> int:
+        """C, of its tensors or of what it says of itself; 0 if nothing tells."""
+        for tensor in (*self.parameters.values(), *self.buffers.values()):
+            return tensor.numel()
+        for name in ("normalized_shape", "num_features", "num_channels", "hidden_size", "dim"):
+            told = vars(self.module).get(name)
+            told = told[0] if isinstance(told, (tuple, list)) and len(told) == 1 else told
+            if isinstance(told, int) and not isinstance(told, bool) and told > 1:
+                return told
+        return 0
+
+    def inputs(self, shape: tuple[int, ...]) -> Tensor:
+        """Fresh numbers."""
+        return torch.randn(shape, generator=self._draw, dtype=torch.float64)
+
+    def run(self, x: Tensor, *, training: bool = False) -> Tensor:
+        """What it makes of an input; what it keeps of it is forgotten again."""
+        buffers = self.module._buffers.items()
+        kept = {name: value.clone() for name, value in buffers if value is not None}
+        self.module.train(training)
+        try:
+            # Not called as a module: a tracer, if one is at work, would take that for the model's.
+            y: object = self.module.forward(x.clone())
+        finally:
+            self.module._buffers.update(kept)
+            self.buffers = self._of_channels(self.module._buffers)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            raise ValueError("its output is of another shape")
+        return y.double()
+
+    def takes(self, layout: Layout) -> bool:
+        """Whether it can be run on inputs of a layout."""
+        try:
+            return bool(self.run(self.inputs(layout.shape), training=True).isfinite().all())
+        except Exception:
+            return False
+
+    def _drawn(self, tensor: Tensor) -> Tensor:
+        """Numbers in a tensor's place: from 0.5 to 1.5, so that they are no variances below 0."""
+        if tensor.is_floating_point():
+            drawn = torch.rand(tensor.shape, generator=self._draw, dtype=torch.float64) + 0.5
+        else:
+            drawn = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return nn.Parameter(drawn) if isinstance(tensor, nn.Parameter) else drawn
+
+    def _of_channels(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        return {
+            name: tensor.detach().flatten()
+            for name, tensor in held.items()
+            if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1
+        }
+
+
+def _dim(subject: _Subject, layout: Layout) -> int | None:
+    """How many dimensions follow the channels, if there is only one number that it takes."""
+    alike = [each for each in layouts(subject.channels) if each.channel_dim == layout.channel_dim]
+    dims = {each.dim for each in alike if each == layout or subject.takes(each)}
+    return dims.pop() if layout.channel_dim == 1 and len(dims) == 1 else None
+
+
+def _guesses(subject: _Subject, layout: Layout) -> Iterator[Behaviour]:
+    """What explains its outputs in training on large inputs, with the eps that small ones tell."""
+    x = subject.inputs(layout.shape)
+    plus, minus = (subject.run(sign * LARGE * x, training=True) for sign in (1, -1))
+    even, odd = (plus + minus) / 2, (plus - minus) / 2
+    offset = layout.of_channels(even)
+    if not _alike(even, layout.beside(offset), float(odd.abs().max())):
+        return
+    for pool in pools(subject.channels, layout):
+        shape = standardized(x, layout, pool, 0.0)
+        gain = layout.of_channels(odd * shape) / layout.of_channels(shape * shape)
+        if not _alike(odd, layout.beside(gain) * shape):
+            continue
+        eps = _eps(subject, layout, pool, gain, offset)
+        for names, counts in _affine(subject, layout, pool, gain, offset):
+            for running in _running(subject) if pool.meets else [{}]:
+                rule = Rule(pool, RUNNING if running else pool)
+                yield Behaviour(rule, layout, gain.numel(), eps, {**names, **running}, counts)
+
+
+def _affine(
+    subject: _Subject, layout: Layout, pool: Pool, gain: Tensor, offset: Tensor
+) -> Iterator[tuple[dict[str, str], Counts]]:
+    """Gain and offset as what they are made of."""
+    bias = _same(subject.parameters, offset)
+    if not bias and not _alike(offset, torch.zeros_like(offset), float(gain.abs().max())):
+        return
+    factors, one = [1.0], torch.ones_like(gain)
+    if pool.over == "position":  # an unbiased variance is a factor only of always as many values
+        factors.append(math.sqrt((len(gain) - 1) / len(gain)))
+    for name, tensor in (*subject.parameters.items(), ("", one)):
+        for factor in factors:
+            for base in (0.0, 1.0) if name else (0.0,):
+                if _alike(gain, factor * (tensor + base)) and (name or factor == 1.0):
+                    names = {"weight": name, "bias": bias}
+                    counts = Counts(of_weight=factor, base=factor * base)
+                    yield {key: held for key, held in names.items() if held}, counts
+
+
+def _running(subject: _Subject) -> Iterator[dict[str, str]]:
+    """Which of its buffers may be running mean and variance, or neither."""
+    for mean, var in itertools.permutations(subject.buffers, 2):
+        yield {"running_mean": mean, "running_var": var}
+    if not subject.buffers:
+        yield {}
+
+
+def _eps(subject: _Subject, layout: Layout, pool: Pool, gain: Tensor, offset: Tensor) -> float:
+    """What is added to the variance: in small inputs nothing else is left of it."""
+    x = SMALL * subject.inputs(layout.shape)
+    y = subject.run(x, training=True) - layout.beside(offset)
+    centred, variance = spread(x, layout, pool)
+    root = layout.beside(gain) * centred / y
+    found = float((root.square() - variance).flatten().median())
+    told = [value for value in vars(subject.module).values() if isinstance(value, float)]
+    likely = (*told, *(10.0**-power for power in range(3, 13)))
+    near = [each for each in likely if math.isclose(each, found, rel_tol=1e-3)]
+    return near[0] if near else max(found, 0.0)
+
+
+def _misfit(subject: _Subject, found: Behaviour) -> str:
+    """What is wrong with an explanation; empty if its formula gives the module's outputs."""
+    for layout in (found.layout, found.layout.larger()):
+        for size in (1.0, max(math.sqrt(found.eps), SMALL)):
+            x = size * (subject.inputs(layout.shape) + 0.3)
+            for training in (True, False):
+                expected = _rebuilt(subject, found, layout, x, training=training)
+                if not _alike(subject.run(x, training=training), expected):
+                    return "its outputs are near those of a norm, and not equal to them"
+    return ""
+
+
+def _rebuilt(
+    subject: _Subject, found: Behaviour, layout: Layout, x: Tensor, *, training: bool
+) -> Tensor:
+    """What the module's output should be."""
+    tensors = {
+        name: {**subject.parameters, **subject.buffers}[held] for name, held in found.names.items()
+    }
+    one = x.new_ones(found.num_features)
+    gain, offset = found.counts.applied(
+        tensors.get("weight", one), tensors.get("bias", torch.zeros_like(one))
+    )
+    if training or "running_mean" not in tensors:
+        shape = standardized(x, layout, found.rule.train, found.eps)
+    else:
+        root = (tensors["running_var"] + found.eps).sqrt()
+        shape = (x - layout.beside(tensors["running_mean"])) / layout.beside(root)
+    return layout.beside(gain) * shape + layout.beside(offset)
+
+
+def _alike(y: Tensor, expected: Tensor, scale: float | None = None) -> bool:
+    largest = float(expected.abs().max()) if scale is None else scale
+    return float((y - expected).abs().max()) <= TOLERANCE * largest
+
+
+def _same(tensors: Mapping[str, Tensor], values: Tensor) -> str:
+    """The name of the tensor that has these values, or nothing."""
+    return next((name for name, tensor in tensors.items() if _alike(values, tensor)), "")
