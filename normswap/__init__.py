@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from normswap.api import recipe as recipe
     from normswap.api import save as save
     from normswap.api import warmup as warmup
+    from normswap.errors import InputError as InputError
     from normswap.errors import NormSwapError as NormSwapError
     from normswap.errors import NormSwapWarning as NormSwapWarning
     from normswap.norms.base import Norm as Norm
     from normswap.norms.fidelity import Fidelity as Fidelity
+    from normswap.norms.filter_response import TLU as TLU
     from normswap.norms.pool import Pool as Pool
     from normswap.norms.pool import Rule as Rule
     from normswap.norms.registry import list_norms as list_norms
     from normswap.norms.registry import register as register
+    from normswap.norms.sparse_switchable import set_radius as set_radius
     from normswap.norms.spec import NormSpec as NormSpec
     from normswap.norms.spec import build as build
     from normswap.norms.spec import spec as spec
@@ -44,13 +47,18 @@ if TYPE_CHECKING:
     from normswap.stats.dataset import dataset_stats as dataset_stats
     from normswap.stats.report import WarmupReport as WarmupReport
     from normswap.swap.apply import revert as revert
+    from normswap.swap.inputs import given as given
+    from normswap.swap.inputs import inputs as inputs
     from normswap.swap.report import report as report
+    from normswap.swap.style import style_features as style_features
     from normswap.views.norm_picture import draw as draw
+    from normswap.views.norm_text import draw_text as draw_text
 
 _WHERE = {
     "CalibrationReport": "stats.calibration.report",
     "DatasetStats": "stats.channel_stats",
     "Fidelity": "norms.fidelity",
+    "InputError": "errors",
     "Norm": "norms.base",
     "NormSpec": "norms.spec",
     "NormState": "norms.state",
@@ -59,6 +67,7 @@ _WHERE = {
     "Pool": "norms.pool",
     "Rule": "norms.pool",
     "Start": "norms.start",
+    "TLU": "norms.filter_response",
     "WarmupReport": "stats.report",
     "apply_recipe": "api",
     "begin": "norms.start",
@@ -68,7 +77,10 @@ _WHERE = {
     "converted": "api",
     "dataset_stats": "stats.dataset",
     "draw": "views.norm_picture",
+    "draw_text": "views.norm_text",
     "find": "api",
+    "given": "swap.inputs",
+    "inputs": "swap.inputs",
     "list_norms": "norms.registry",
     "load": "api",
     "plan": "api",
@@ -78,7 +90,9 @@ _WHERE = {
     "report": "swap.report",
     "revert": "swap.apply",
     "save": "api",
+    "set_radius": "norms.sparse_switchable",
     "spec": "norms.spec",
+    "style_features": "swap.style",
     "warmup": "api",
 }
 

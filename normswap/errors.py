@@ -9,6 +9,7 @@ __all__ = [
     "CannotConvert",
     "CannotRevert",
     "DegeneratePooling",
+    "InputError",
     "MissingExtra",
     "NormSwapError",
     "NormSwapWarning",
@@ -75,6 +76,10 @@ class StatisticsError(NormSwapError):
 
 class DegeneratePooling(NormSwapError):
     """A statistic would be pooled over a single value, which erases the input."""
+
+
+class InputError(NormSwapError):
+    """An extra input of a model's norms that is missing, or is not what is expected."""
 
 
 class CannotConvert(NormSwapError):

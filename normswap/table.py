@@ -18,10 +18,14 @@ class Listing(Sequence[T]):
 
     Args:
         items: what it holds.
+
+    Attributes:
+        whole: how many of the first columns keep each of their lines whole, however narrow it is.
     """
 
     title: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    whole: ClassVar[int] = 1
 
     def __init__(self, items: Iterable[T]) -> None:
         self._items = tuple(items)
@@ -48,7 +52,8 @@ class Listing(Sequence[T]):
         return f"<{type(self).__name__}: {self.summary()}>"
 
     def __str__(self) -> str:
-        return render(self.title, self.columns, map(self.cells, self), footer=self.summary())
+        cells = map(self.cells, self)
+        return render(self.title, self.columns, cells, footer=self.summary(), whole=self.whole)
 
 
 def render(
@@ -58,6 +63,7 @@ def render(
     *,
     footer: str = "",
     width: int | None = None,
+    whole: int = 1,
 ) -> str:
     """Draw rows as text, no wider than the terminal, or than 160 characters where there is none.
 
@@ -67,6 +73,7 @@ def render(
         rows: one sequence of cells a row; each cell is shown by ``str``.
         footer: a line below the table.
         width: characters a line, instead.
+        whole: how many of the first columns keep each of their lines whole.
     """
     from rich import box
     from rich.console import Console
@@ -75,7 +82,7 @@ def render(
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=index == 0)
+        table.add_column(column, overflow="fold", no_wrap=index < whole)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     out = io.StringIO()

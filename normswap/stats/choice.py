@@ -9,6 +9,8 @@ from torch import nn
 from normswap.errors import StatisticsError
 from normswap.graph.modules import find
 from normswap.graph.site import NormSite
+from normswap.norms.measured import MeasuredNorm
+from normswap.norms.pool import Curve
 from normswap.swap.select import Selector, select
 
 __all__ = ["choose"]
@@ -28,7 +30,7 @@ def choose(model: nn.Module, where: Selector | None) -> tuple[list[NormSite], di
         StatisticsError: no norm is chosen.
         NothingMatched: ``where`` matches nothing.
     """
-    keepers = [site for site in find(model) if site.state.tracks]
+    keepers = [site for site in find(model) if _keeps(site)]
     if not keepers:
         raise StatisticsError(
             "no normalization of the model keeps running statistics, so there is nothing to "
@@ -58,18 +60,32 @@ def choose(model: nn.Module, where: Selector | None) -> tuple[list[NormSite], di
     return chosen, left
 
 
+def _keeps(site: NormSite) -> bool:
+    """Whether the norm keeps statistics of its input, be it not a mean and a variance."""
+    evaluates = site.state.rule.eval
+    plain = isinstance(evaluates, Curve) and evaluates.linear
+    return site.state.tracks or (site.state.retold and not plain)
+
+
 def _updates(site: NormSite) -> bool:
     """Whether the norm's class ever updates running statistics that a pass can write."""
     module: Any = site.module
-    if site.state.retold:
+    if _only_trained(site):
         return False
     return site.state.rule.train.measures and hasattr(module, "momentum")
+
+
+def _only_trained(site: NormSite) -> bool:
+    """Whether a mean and a variance do not tell what the norm keeps."""
+    if isinstance(site.module, MeasuredNorm):
+        return not site.module.measurable
+    return site.state.retold
 
 
 def _reason_to_leave(site: NormSite, *, training: bool) -> str:
     if site.owner is not None:
         return 'a call in a forward: convert it, say to "sync_bn", to have it measured'
-    if site.state.retold:
+    if _only_trained(site):
         return "keeps more than a mean and a variance, so that only training updates it"
     if not _updates(site):
         return 'frozen by its class, and measures nothing until it is converted to "bn"'

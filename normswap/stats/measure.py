@@ -66,7 +66,8 @@ class Meter(Probe):
         module = self.site.module
         measures: dict[str, Any] = {"momentum": 1.0, "training": True}
         if isinstance(module, MeasuredNorm):
-            return measures | {"sync": False, "plain_statistics": self._plain}
+            passive = {"sync": False, "plain_statistics": self._plain, "observed": True}
+            return measures | passive
         if not (dist.is_available() and dist.is_initialized()):
             return measures
         if isinstance(module, SynchronizedBatchNorm):

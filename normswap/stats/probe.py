@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normswap.graph.site import NormSite
 from normswap.norms.functional import own_for_a_while, refer_again, referred
 
-__all__ = ["Probe", "probing"]
+__all__ = ["Probe", "input_of", "probing"]
 
 _SCRATCH = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -70,8 +70,11 @@ class Probe(ABC):
         module = self.module
         self._refers = own_for_a_while(module, _SCRATCH)
         self._buffers = dict(module._buffers)
+        told = self.site.state
+        lent = (told.running_mean, told.running_var) if told.retold else ()
+        shared = self._buffers | dict(zip(_SCRATCH, lent, strict=False))
         for name in _SCRATCH:
-            own = self._buffers.get(name)
+            own = shared.get(name)
             if own is not None:
                 dtype = torch.promote_types(own.dtype, torch.float32)
                 scratch = own.to(dtype) if own.is_floating_point() else own
@@ -98,10 +101,10 @@ class Probe(ABC):
         vars(self.module).update(self._shadowed)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.before(_input(args, kwargs))
+        self.before(input_of(args, kwargs))
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.after(_input(args, kwargs))
+        self.after(input_of(args, kwargs))
 
 
 @contextmanager
@@ -118,6 +121,7 @@ def probing(probes: Sequence[Probe]) -> Iterator[None]:
         yield
 
 
-def _input(args: Any, kwargs: Any) -> Tensor:
+def input_of(args: Any, kwargs: Any) -> Tensor:
+    """What a norm is called with, of a hook's arguments."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x

@@ -22,6 +22,7 @@ from torch.overrides import (  # type: ignore[attr-defined]
 )
 
 from normswap.errors import StatisticsError
+from normswap.norms.inputs.call import Call, on_its_way, swapped
 
 __all__ = ["Strand", "stop"]
 
@@ -102,12 +103,13 @@ class _Run(greenlet):
 
 @dataclass(frozen=True)
 class _Ambient:
-    """The modes of torch that belong to a thread, which all strands share."""
+    """What belongs to a thread, which all strands share: torch's modes, and a model's inputs."""
 
     grad: bool
     inference: bool
     autocast: dict[str, tuple[bool, torch.dtype]]
     function_modes: int
+    call: Call | None
 
     @classmethod
     def now(cls) -> _Ambient:
@@ -120,6 +122,7 @@ class _Ambient:
             torch.is_inference_mode_enabled(),
             autocast,
             _len_torch_function_stack(),
+            on_its_way(),
         )
 
     @contextmanager
@@ -139,6 +142,7 @@ class _Ambient:
             yield
 
     def _set(self) -> None:
+        swapped(self.call)
         torch.set_grad_enabled(self.grad)
         for kind, (enabled, dtype) in self.autocast.items():
             torch.set_autocast_enabled(kind, enabled)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import StatisticsError
 from normswap.graph.site import NormSite
+from normswap.norms.measured import MeasuredNorm
 from normswap.stats.accumulate import Accumulator, precise
 from normswap.stats.report import Drift, drift
 from normswap.swap.changes import Changes
@@ -49,13 +52,26 @@ def write(
         old_mean, old_var = statistics_of(site)
         before = (precise(old_mean), precise(old_var))
         rows.append(drift(site.path, accumulator.calls, before, (mean, var)))
-        changes.writes += [(old_mean, mean), (old_var, var)]
-        counter = site.state.num_batches_tracked
+        counter, seen = site.state.num_batches_tracked, None
         if counter is not None:
-            seen = accumulator.calls + (int(counter) if counting_on else 0)
-            changes.writes.append((counter, torch.full_like(counter, seen)))
+            calls = accumulator.calls + (int(counter) if counting_on else 0)
+            seen = torch.full_like(counter, calls)
+        changes.writes += _kept(site, mean, var, seen)
     changes.make(nn.Module())
     return rows
+
+
+def _kept(
+    site: NormSite, mean: Tensor, var: Tensor, seen: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """The tensors in which a norm keeps statistics, each with what is to be in it."""
+    module, counter = site.module, site.state.num_batches_tracked
+    if isinstance(module, MeasuredNorm) and site.state.retold:
+        measured = replace(site.state, running_mean=mean, running_var=var, num_batches_tracked=seen)
+        told = module.kept(measured)
+        return [(module.get_buffer(name), value) for name, value in told.items()]
+    writes = list(zip(statistics_of(site), (mean, var), strict=True))
+    return writes if counter is None or seen is None else [*writes, (counter, seen)]
 
 
 def statistics_of(site: NormSite) -> tuple[Tensor, Tensor]:

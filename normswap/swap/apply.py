@@ -9,26 +9,28 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from normswap.errors import StalePlan
-from normswap.graph.calls import own_class
 from normswap.norms.base import Norm
 from normswap.norms.functional import FunctionalNorm, owner_of, refer, referred
 from normswap.norms.furnish import furnish
+from normswap.norms.renamed import rename, whole
 from normswap.norms.state import TENSORS
 from normswap.swap.beside import Pending, restore
 from normswap.swap.carry import carry_over
 from normswap.swap.changes import Changes
 from normswap.swap.fast_path import keep_in_step
+from normswap.swap.inputs import keep_asking
 from normswap.swap.journal import (
     Record,
     Skip,
     keep,
+    let_lapse,
     model_place,
     put_back,
     records,
     remember_skips,
     skips,
 )
-from normswap.swap.lift import lifted_class
+from normswap.swap.references import keep_references
 from normswap.swap.step import Step
 
 __all__ = ["Applied", "apply_steps", "revert", "undo"]
@@ -82,6 +84,8 @@ def apply_steps(model: nn.Module, steps: Iterable[Step], *, scoped: bool = False
     before = skips(model)
     remember_skips(model, _skips_after(before, steps), changes)
     keep_in_step(model, changes)
+    keep_references(model, changes)
+    keep_asking(model, changes)
     olds = [step.site.module for step in converting]
     return Applied(changes.make(model), olds, before, changes)
 
@@ -130,8 +134,10 @@ def _take_back(
     changes = Changes()
     for module, record in found:
         put_back(module, record, place, changes)
-    restore((kept for _, record in found for kept in record.beside), changes)
+    restore(model, (kept for _, record in found for kept in record.beside), changes)
     keep_in_step(model, changes)
+    keep_references(model, changes)
+    keep_asking(model, changes)
     remember_skips(model, left, changes)
     return changes.make(model)
 
@@ -146,21 +152,25 @@ def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scop
     new = made.module
     if isinstance(new, Norm):
         new.site_path = site.path
-    carry_over(old, new)
+    names = {name: held for name, held in state.names.items() if name in made.carried}
+    carry_over(old, new, leave=set(state.names.values()) - set(names.values()))
+    rename(new, names, old)
     refers = old.refers if isinstance(old, FunctionalNorm) else referred(old)
     owner = site.owner or owner_of(old)
     if owner is not None:
         refer(new, {name: refers[name] for name in refers if name in made.carried}, owner)
     if isinstance(old, FunctionalNorm) and site.owner is not None:
-        changes.lifts.append((site.owner, old.name, new, lifted_class(own_class(site.owner))))
+        changes.children.append((site.owner, old.name, new))
     else:
         changes.modules.append((old, new))
     for name, value in made.rewrites.items():
-        changes.writes.append((getattr(old, name), value))
+        changes.writes.append((getattr(state, name), value))
     for name, flag in made.requires_grad.items():
-        changes.flags.append((getattr(old, name), flag))
-    kept = pending.add(start.beside) if start.beside else ()
-    keep(old, made, spec, start.fidelity, start.note, place, beside=kept, scoped=scoped)
+        changes.flags.append((whole(getattr(state, name)), flag))
+    if not scoped:
+        let_lapse(old, changes)
+    kept = tuple(kept for beside in start.beside for kept in pending.add(beside))
+    keep(old, made, state, spec, start, place, beside=kept, scoped=scoped)
 
 
 def _refuse_stale(model: nn.Module, converting: list[Step]) -> None:
@@ -176,8 +186,10 @@ def _refuse_stale(model: nn.Module, converting: list[Step]) -> None:
 
 def _has_other_tensors(step: Step) -> bool:
     """Whether the norm holds other tensors than those that were read for the plan."""
+    called = {} if step.state is None else step.state.names
     for held in (step.site.module._parameters, step.site.module._buffers):
         for name in TENSORS:
-            if held.get(name) is not None and held[name] is not getattr(step.state, name):
+            now, read = held.get(called.get(name, name)), getattr(step.state, name)
+            if now is not None and now is not read and now is not read._base:
                 return True
     return False

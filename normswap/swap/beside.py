@@ -1,7 +1,8 @@
-"""Rewriting the layers beside a norm, and bringing their parameters back."""
+"""What a start changes outside of its norm, and how it goes back."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,39 +11,175 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import CannotRevert
-from normswap.norms.beside import Beside
+from normswap.graph.calls import own_class
+from normswap.norms.beside import Beside, Remade, Replaced, Rewritten
+from normswap.norms.remake import Mixin, parts, remade
 from normswap.swap.changes import Changes
 
 __all__ = ["Kept", "Pending", "restore"]
 
 
+class Kept(ABC):
+    """One thing as it was before a start changed it."""
+
+    @property
+    def written(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters going back writes to."""
+        return ()
+
+    @property
+    def lapses(self) -> bool:
+        """Whether it goes back already where another norm takes the place of the one it is for."""
+        return False
+
+    @property
+    def stands_in(self) -> nn.Module | None:
+        """The module of the model that going back replaces, or ``None``."""
+        return None
+
+    @abstractmethod
+    def restore(self, changes: Changes, *, latest: bool) -> None:
+        """Add to ``changes`` what brings it back.
+
+        Args:
+            changes: where the changes are collected.
+            latest: whether no later start changed the same thing.
+
+        Raises:
+            CannotRevert: it has changed since, and both cannot be had.
+        """
+
+    @property
+    @abstractmethod
+    def thing(self) -> object:
+        """What it is that was changed; equal for the same thing."""
+
+
 @dataclass(frozen=True)
-class Kept:
-    """One parameter of a neighbour as it was before a start rewrote it.
+class KeptParameter(Kept):
+    """One parameter of a neighbour.
 
     Args:
         module: the neighbour.
         name: the parameter's name.
-        before: its values, or ``None`` if there was none.
-        after: its values afterwards: what has changed since then cannot be parted again.
+        parameter: the parameter itself, or ``None`` if there was none.
+        before: its values, or ``None``.
+        after: its values afterwards, or ``None``: what has changed since cannot be parted again.
     """
 
     module: nn.Module
     name: str
+    parameter: nn.Parameter | None
     before: Tensor | None
-    after: Tensor
+    after: Tensor | None
+
+    @property
+    def written(self) -> tuple[nn.Module, ...]:
+        """The neighbour."""
+        return (self.module,)
+
+    @property
+    def thing(self) -> object:
+        """The parameter."""
+        return id(self.module), self.name
+
+    def restore(self, changes: Changes, *, latest: bool) -> None:
+        """Write its values, or put it in its place again."""
+        own = self.module._parameters[self.name]
+        if latest and own is not None and self.after is not None and not _same(own, self.after):
+            raise CannotRevert(
+                f"the {self.name} of a {own_class(self.module).__name__} has changed since a norm "
+                "was folded into it (trained, or loaded), and the two cannot be parted again; keep "
+                "a copy of the model before folding"
+            )
+        if self.before is None:
+            changes.parameters.append((self.module, self.name, None))
+        elif own is not None:
+            changes.writes.append((own, self.before.to(own)))
+        elif self.parameter is not None:
+            # It was out of reach of whatever moved the model since.
+            self.parameter.data = self.before.to(self.module.get_parameter("weight"))
+            changes.parameters.append((self.module, self.name, self.parameter))
+
+
+@dataclass(frozen=True)
+class KeptClass(Kept):
+    """The class of a neighbour.
+
+    Args:
+        module: the neighbour.
+        cls: its own class.
+        mixin: what is put before that.
+        before: what was put before that until then, or ``None``.
+    """
+
+    module: nn.Module
+    cls: type[nn.Module]
+    mixin: type[Mixin]
+    before: type[Mixin] | None
+
+    @property
+    def thing(self) -> object:
+        """The neighbour."""
+        return id(self.module)
+
+    def restore(self, changes: Changes, *, latest: bool) -> None:
+        """Give it its class again."""
+        if latest and type(self.module) is not remade(self.mixin, self.cls):
+            raise CannotRevert(
+                f"a {self.cls.__name__} has got another class since a conversion changed what it "
+                "computes (a parametrization?); take that away first"
+            )
+        before = self.cls if self.before is None else remade(self.before, self.cls)
+        changes.classes.append((self.module, before))
+
+    @property
+    def lapses(self) -> bool:
+        """Whether it is of no use without the norm that it was made for."""
+        return self.mixin.transparent
+
+
+@dataclass(frozen=True)
+class KeptActivation(Kept):
+    """The activation behind a norm.
+
+    Args:
+        now: what is in its place, or in the place of its call.
+        before: the activation, or ``None`` for a call in a forward.
+    """
+
+    now: nn.Module
+    before: nn.Module | None
+
+    @property
+    def thing(self) -> object:
+        """What is in its place."""
+        return id(self.now)
+
+    @property
+    def stands_in(self) -> nn.Module:
+        """What is in its place."""
+        return self.now
+
+    def restore(self, changes: Changes, *, latest: bool) -> None:
+        """Put it in its place again, or have it called again."""
+        if self.before is None:
+            changes.lowered.append(self.now)
+        else:
+            self.before.training = self.now.training
+            changes.modules.append((self.now, self.before))
 
 
 class Pending:
-    """Rewrites that are planned and not made: two norms may rewrite the same layer.
+    """What is planned and not made: two norms may rewrite the same layer.
 
     Args:
-        changes: where they are collected.
+        changes: where the changes are collected.
     """
 
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
-        self._values: dict[tuple[int, str], Tensor] = {}
+        self._values: dict[tuple[int, str], Tensor | None] = {}
         self._new: dict[tuple[int, str], nn.Parameter] = {}
 
     def look(self, module: nn.Module, name: str) -> Any:
@@ -50,30 +187,58 @@ class Pending:
         return self._values.get((id(module), name), module._parameters[name])
 
     def add(self, beside: Beside) -> tuple[Kept, ...]:
-        """Plan a rewrite.
+        """Plan one change.
 
         Returns:
-            What brings the parameters back as they are before it.
+            What brings things back as they are before it.
         """
-        module, kept = beside.module, []
+        if isinstance(beside, Rewritten):
+            return tuple(self._rewrite(beside))
+        if isinstance(beside, Remade):
+            return (self._remake(beside),)
+        return (self._replace(beside),)
+
+    def _remake(self, beside: Remade) -> Kept:
+        module, changed = beside.module, self._changes.classes
+        present = [cls for each, cls in changed if each is module] or [type(module)]
+        before, cls = parts(present[-1])
+        changed.append((module, remade(beside.mixin, cls)))
+        return KeptClass(module, cls, beside.mixin, before)
+
+    def _replace(self, beside: Replaced) -> Kept:
+        activation, new = beside.activation, beside.make()
+        if activation.module is not None:
+            new.training = activation.module.training
+            self._changes.modules.append((activation.module, new))
+        elif activation.owner is not None:
+            owner = activation.owner
+            new.training = owner.training
+            self._changes.children.append((owner, activation.name, new))
+        return KeptActivation(new, activation.module)
+
+    def _rewrite(self, beside: Rewritten) -> list[Kept]:
+        module, kept = beside.module, list[Kept]()
         with torch.no_grad():
             for name, value in beside.values(self.look).items():
-                before = self.look(module, name)
+                before: Tensor | None = self.look(module, name)
                 kept.append(
-                    Kept(
+                    KeptParameter(
                         module,
                         name,
+                        module._parameters[name],
                         None if before is None else before.detach().clone(),
-                        value.detach().clone(),
+                        None if value is None else value.detach().clone(),
                     )
                 )
                 self._put(module, name, value)
-        return tuple(kept)
+        return kept
 
-    def _put(self, module: nn.Module, name: str, value: Tensor) -> None:
+    def _put(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         key, own = (id(module), name), module._parameters[name]
         self._values[key] = value
-        if own is not None:
+        if value is None:
+            self._changes.parameters.append((module, name, None))
+        elif own is not None:
             self._changes.writes.append((own, value))
         elif key in self._new:
             self._new[key].copy_(value)
@@ -84,30 +249,27 @@ class Pending:
             self._changes.parameters.append((module, name, self._new[key]))
 
 
-def restore(kept: Iterable[Kept], changes: Changes) -> None:
-    """Add to ``changes`` what brings parameters back.
+def restore(model: nn.Module, kept: Iterable[Kept], changes: Changes) -> None:
+    """Add to ``changes`` what brings things back.
 
     Args:
-        kept: what was kept, in the order in which it was rewritten.
+        model: what is reverted.
+        kept: what was kept, in the order in which it was changed.
         changes: where the changes are collected.
 
     Raises:
-        CannotRevert: a parameter has changed since, and both cannot be had.
+        CannotRevert: something has changed since, and both cannot be had; or it lies outside.
     """
-    last: set[tuple[int, str]] = set()
+    last: set[object] = set()
+    inside = {id(module) for module in model.modules()}
     for one in reversed(list(kept)):
-        key, own = (id(one.module), one.name), one.module._parameters[one.name]
-        if key not in last and own is not None and not _same(own, one.after):
+        if one.stands_in is not None and id(one.stands_in) not in inside:
             raise CannotRevert(
-                f"the {one.name} of a {type(one.module).__name__} has changed since a norm was "
-                "folded into it (trained, or loaded), and the two cannot be parted again; keep a "
-                "copy of the model before folding"
+                "a norm here took along the activation behind it, which lies outside of the part "
+                "that is to be reverted; revert the whole model, or a part that has both"
             )
-        last.add(key)
-        if one.before is None:
-            changes.parameters.append((one.module, one.name, None))
-        elif own is not None:
-            changes.writes.append((own, one.before.to(own)))
+        one.restore(changes, latest=one.thing not in last)
+        last.add(one.thing)
 
 
 def _same(now: Tensor, then: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from functools import cache
 
 from torch import nn
@@ -17,7 +18,7 @@ _FRESH = vars(nn.Module())
 _HOOKS = tuple(name for name in _FRESH if "hook" in name)
 
 
-def carry_over(old: nn.Module, new: nn.Module) -> None:
+def carry_over(old: nn.Module, new: nn.Module, *, leave: Collection[str] = ()) -> None:
     """Give a new norm the mode, hooks, parametrizations, children and attributes of the old one.
 
     Hook dictionaries are shared, not copied, so that the handles given out for them stay valid.
@@ -26,10 +27,11 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     Args:
         old: the module that is being replaced.
         new: its replacement, furnished with tensors.
+        leave: names of further tensors that have no place in the new one.
     """
     new.training = old.training
     share_hooks(old, new)
-    left = _settings(type(old).__mro__) | set(TENSORS) | {"parametrizations"}
+    left = _settings(type(old).__mro__) | set(TENSORS) | {"parametrizations", *leave}
     left |= set(old.own) if isinstance(old, Norm) else set()
     for held in ("_parameters", "_buffers", "_modules"):
         theirs, ours = getattr(old, held), getattr(new, held)

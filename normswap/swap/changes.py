@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.calls import own_class
-from normswap.swap.lift import is_lifted, without_norms
+from normswap.graph.lift import is_lifted, lifted_class, without_children
 
 __all__ = ["ABSENT", "Changes"]
 
@@ -26,8 +26,10 @@ class Changes:
 
     Args:
         modules: pairs of a module of the model and its replacement.
-        lifts: modules that get a norm for a call in their forward: name, norm, and generated class.
-        lowered: norms for calls in forwards, which are to leave.
+        classes: modules with the class that they get.
+        children: modules that get a child for a call in their forward, with its name and the child.
+        lowered: children for calls in forwards, which are to leave.
+        subclasses: modules with what makes their class of the one that they have by then.
         writes: pairs of a tensor and the values that it is to hold.
         flags: pairs of a parameter and its ``requires_grad`` to be.
         parameters: modules with the name of a parameter and the object, or ``None``, to be there.
@@ -36,8 +38,10 @@ class Changes:
     """
 
     modules: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
-    lifts: list[tuple[nn.Module, str, nn.Module, type]] = field(default_factory=list)
+    classes: list[tuple[nn.Module, type]] = field(default_factory=list)
+    children: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     lowered: list[nn.Module] = field(default_factory=list)
+    subclasses: list[tuple[nn.Module, Callable[[type], type]]] = field(default_factory=list)
     writes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     flags: list[tuple[Tensor, bool]] = field(default_factory=list)
     parameters: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
@@ -57,16 +61,23 @@ class Changes:
                     if child is not None and id(child) in replacement:
                         put = partial(parent._modules.__setitem__, name)
                         _do(undo, put, child, replacement[id(child)])
-            for owner, name, norm, cls in self.lifts:
-                _do(undo, partial(_set_class, owner), type(owner), cls)
-                _do(undo, partial(_set_child, owner, name), None, norm)
-            leaving = {id(norm) for norm in self.lowered}
+            for module, cls in self.classes:
+                _do(undo, partial(_set_class, module), type(module), cls)
+            for owner in {id(owner): owner for owner, _, _ in self.children}.values():
+                coming = {name for each, name, _ in self.children if each is owner}
+                lifted = lifted_class(own_class(owner), {*owner._modules, *coming})
+                _do(undo, partial(_set_class, owner), type(owner), lifted)
+            for owner, name, child in self.children:
+                _do(undo, partial(_set_child, owner, name), None, child)
+            leaving = {id(child) for child in self.lowered}
             for owner in list(model.modules()) if leaving else ():
-                if is_lifted(owner) and without_norms(owner, leaving):
+                if is_lifted(owner) and without_children(owner, leaving):
                     _do(undo, partial(_set_class, owner), type(owner), own_class(owner))
                 for name, child in list(owner._modules.items()):
                     if id(child) in leaving:
                         _do(undo, partial(_set_child, owner, name), child, None)
+            for module, made in self.subclasses:
+                _do(undo, partial(_set_class, module), type(module), made(type(module)))
             for old, new in self.modules:
                 _do(undo, partial(_bind_hooks, new), old, new)
             for tensor, value in self.writes:

@@ -7,11 +7,13 @@ import sys
 import torch
 from torch import nn
 
-from normswap.errors import UnsupportedModel
+from normswap.errors import CannotConvert, UnsupportedModel
 from normswap.graph.modules import require_module
 from normswap.graph.site import NormSite
+from normswap.norms.start import Start
+from normswap.norms.state import NormState
 
-__all__ = ["refuse_unready", "refuse_unsupported"]
+__all__ = ["refuse_taken_names", "refuse_unready", "refuse_unsupported"]
 
 #: Wrappers by defining module and name, so that none is imported for the check.
 _WRAPPERS = (
@@ -70,3 +72,21 @@ def refuse_unready(site: NormSite) -> None:
 def _loaded_wrappers() -> tuple[type, ...]:
     found = (getattr(sys.modules.get(where), name, None) for where, name in _WRAPPERS)
     return tuple(cls for cls in found if isinstance(cls, type))
+
+
+def refuse_taken_names(state: NormState, start: Start) -> None:
+    """Raise if a source calls a tensor as the new norm calls another one of its own.
+
+    Raises:
+        CannotConvert: both cannot stand under one key.
+    """
+    called = {held for name, held in state.names.items() if name != held}
+    if not called:
+        return
+    shell = start.shell()
+    taken = sorted(held for held in called if hasattr(shell, held))
+    if taken:
+        raise CannotConvert(
+            f"it calls a tensor {taken[0]}, and so does {type(shell).__name__} one of its own",
+            "leave it out by skip=, or give it another name first",
+        )

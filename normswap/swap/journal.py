@@ -13,6 +13,8 @@ from normswap.norms.fidelity import Fidelity
 from normswap.norms.functional import FunctionalNorm, owner_of, recall, refresh
 from normswap.norms.furnish import Furnished
 from normswap.norms.spec import NormSpec, Target
+from normswap.norms.start import Start
+from normswap.norms.state import NormState
 from normswap.swap.beside import Kept
 from normswap.swap.carry import share_hooks
 from normswap.swap.changes import ABSENT, Changes
@@ -21,6 +23,7 @@ __all__ = [
     "Record",
     "Skip",
     "keep",
+    "let_lapse",
     "model_place",
     "put_back",
     "record_of",
@@ -47,10 +50,11 @@ class Record:
         fidelity: how faithfully it started.
         note: what was worth saying about it.
         carried: names of tensors that are still the original's own.
+        names: what the original calls tensors, by their names here, where it calls them otherwise.
         saved: values that a start rewrote, by the tensor's name, as they were.
         flags: ``requires_grad`` of tensors that a start froze, by name, as it was.
         dtype: floating-point type of the norm, or of the model, when it was put in place.
-        beside: parameters of neighbouring layers that a start rewrote, as they were.
+        beside: what a start changed outside of the norm, as it was.
     """
 
     original: nn.Module
@@ -58,6 +62,7 @@ class Record:
     fidelity: Fidelity
     note: str
     carried: frozenset[str]
+    names: Mapping[str, str] = field(default_factory=dict)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     flags: Mapping[str, bool] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
@@ -100,9 +105,9 @@ def remember_skips(model: nn.Module, left: Mapping[str, Skip], changes: Changes)
 def keep(
     old: nn.Module,
     made: Furnished,
+    state: NormState,
     spec: Target,
-    fidelity: Fidelity,
-    note: str,
+    start: Start,
     place: Tensor,
     *,
     beside: tuple[Kept, ...] = (),
@@ -113,11 +118,11 @@ def keep(
     Args:
         old: the module that is being replaced.
         made: the new norm.
+        state: what was read from ``old``.
         spec: what it was asked to be.
-        fidelity: how faithfully it starts.
-        note: what is worth saying about it.
+        start: how it starts.
         place: a tensor of the model, for the precision of a norm that has none of its own.
-        beside: parameters of neighbouring layers that it rewrites, as they are.
+        beside: what it changes outside of the norm, as it is.
         scoped: let it lead back to ``old`` only, whatever was before that.
 
     Returns:
@@ -126,14 +131,15 @@ def keep(
     step = Record(
         original=old,
         spec=spec if isinstance(spec, NormSpec) else spec.name,
-        fidelity=fidelity,
-        note=note,
+        fidelity=start.fidelity,
+        note=start.note,
         carried=made.carried,
-        saved={name: _tensor(old, name).detach().clone() for name in made.rewrites},
+        names=dict(state.names),
+        saved={name: _tensor(state, name).detach().clone() for name in made.rewrites},
         flags={
             name: not flag
             for name, flag in made.requires_grad.items()
-            if _tensor(old, name).requires_grad != flag
+            if _tensor(state, name).requires_grad != flag
         },
         dtype=_anchor(made.module, place).dtype,
         beside=beside,
@@ -148,16 +154,18 @@ def keep(
 
 def _chain(earlier: Record, step: Record, made: Furnished) -> Record:
     """The record that leads over two steps at once."""
-    _hand_over(earlier.original, step.original, earlier.carried - made.carried)
+    gone = earlier.carried - made.carried
+    _hand_over(earlier.original, step.original, _held(earlier, gone))
     flags = dict(step.flags) | dict(earlier.flags)
     return replace(
         step,
         original=earlier.original,
         carried=earlier.carried & step.carried,
+        names=earlier.names,
         saved={k: v for k, v in step.saved.items() if k in earlier.carried} | dict(earlier.saved),
         flags={k: flag for k, flag in flags.items() if made.requires_grad.get(k) != flag},
         dtype=earlier.dtype,
-        beside=earlier.beside + step.beside,
+        beside=(*(kept for kept in earlier.beside if not kept.lapses), *step.beside),
     )
 
 
@@ -191,6 +199,14 @@ def remember_fit(
     changes.attributes.append((norm, _RECORD, fitted))
 
 
+def let_lapse(norm: nn.Module, changes: Changes) -> None:
+    """Add to ``changes`` that what was changed for a norm alone goes back, as the norm leaves."""
+    record = record_of(norm)
+    for kept in record.beside if record else ():
+        if kept.lapses:
+            kept.restore(changes, latest=True)
+
+
 def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes) -> None:
     """Add to ``changes`` what brings a record's original back in the place of ``current``.
 
@@ -208,10 +224,11 @@ def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes
     if isinstance(original, FunctionalNorm) and owner is not None:
         recall(original, owner)
     refresh(current)
-    _hand_over(original, current, record.carried)
+    carried = _held(record, record.carried)
+    _hand_over(original, current, carried)
     anchor = _anchor(current, place)
     dtype = None if anchor.dtype == record.dtype else anchor.dtype
-    _follow(original, anchor.device, dtype, skip=record.carried)
+    _follow(original, anchor.device, dtype, skip=carried)
     original.training = current.training
     share_hooks(current, original)
     if isinstance(original, FunctionalNorm):
@@ -219,11 +236,11 @@ def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes
     else:
         changes.modules.append((current, original))
     for name, value in record.saved.items():
-        tensor = _tensor(original, name)
+        tensor = _tensor(original, record.names.get(name, name))
         if not value.is_meta or tensor.is_meta:  # a model that was without weights has some now
-            changes.writes.append((tensor, value.to(tensor)))
+            changes.writes.append((tensor, value.to(tensor).view_as(tensor)))
     for name, flag in record.flags.items():
-        changes.flags.append((_tensor(original, name), flag))
+        changes.flags.append((_tensor(original, record.names.get(name, name)), flag))
 
 
 def model_place(model: nn.Module) -> Tensor:
@@ -238,10 +255,15 @@ def _anchor(module: nn.Module, place: Tensor) -> Tensor:
     return next((t for t in tensors if t.is_floating_point()), place)
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    tensor = getattr(module, name)
+def _held(record: Record, names: frozenset[str]) -> frozenset[str]:
+    """What the original, and what keeps its keys, call these tensors."""
+    return frozenset(record.names.get(name, name) for name in names)
+
+
+def _tensor(holder: nn.Module | NormState, name: str) -> Tensor:
+    tensor = getattr(holder, name)
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{type(module).__name__}.{name} is no tensor")
+        raise TypeError(f"{type(holder).__name__}.{name} is no tensor")
     return tensor
 
 

@@ -17,7 +17,7 @@ from normswap.norms.spec import Target
 from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
 from normswap.swap.demands import refuse_empty, refuse_idle, refuse_unfaithful
-from normswap.swap.guards import refuse_unready, refuse_unsupported
+from normswap.swap.guards import refuse_taken_names, refuse_unready, refuse_unsupported
 from normswap.swap.journal import record_of, records
 from normswap.swap.plan import Plan
 from normswap.swap.select import Selector, matches, require_match
@@ -89,7 +89,7 @@ def plan(
     before = [_as_it_was(site) for site in sites]
     for name, selector in _named_selectors(asked, where, skip):
         require_match(selector, [*sites, *before], name)
-    surroundings = Surroundings(model)
+    surroundings = Surroundings(model, example_inputs)
     steps = []
     for site, was in zip(sites, before, strict=True):
         target, reason = _decide(site, was, asked, where, skip)
@@ -118,7 +118,7 @@ def _as_it_was(site: NormSite) -> NormSite:
         return site
     if isinstance(record.original, FunctionalNorm):
         owner, _, _ = site.path.rpartition(".")
-        return replace(read_site(record.original, owner, site.names), origin="functional")
+        return replace(read_site(record.original, owner, site.names), origin=record.original.origin)
     return read_site(record.original, site.path, site.aliases)
 
 
@@ -168,6 +168,7 @@ def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundin
             start = target.start(state, carry="copy")
             note = "its affine is another layer's too, so it is copied"
             start = replace(start, note="; ".join(filter(None, (start.note, note))))
+        refuse_taken_names(state, start)
         start = _checked(site, state, start)
     except CannotConvert as error:
         return Step(site, "skip", target, reason=str(error))

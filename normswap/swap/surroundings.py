@@ -11,10 +11,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from normswap.graph.following import Following
 from normswap.graph.modules import read_site
 from normswap.graph.site import NormSite
-from normswap.norms.beside import Neighbour
+from normswap.norms.beside import Activation, Neighbour, Previous
 from normswap.norms.functional import FunctionalNorm, owner_of
+from normswap.norms.renamed import whole
 from normswap.norms.state import NormState
 from normswap.swap.journal import model_place, record_of
 
@@ -52,10 +54,12 @@ class Surroundings:
 
     Args:
         model: the model.
+        example_inputs: arguments of one run to record; ``None`` to trace without.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
         self._model = model
+        self._inputs = example_inputs
         self._place = model_place(model)
 
     def inform(self, site: NormSite, needs: Set[str]) -> NormState:
@@ -69,6 +73,10 @@ class Surroundings:
         if "neighbours" in needs:
             before, after = self._producer(site), self._consumer(site)
             state = replace(state, producer=before, consumer=after)
+        if "previous" in needs:
+            state = replace(state, producer=self._producer(site), previous=self._previous(site))
+        if "activation" in needs:
+            state = replace(state, activation=self._activation(site))
         return state
 
     def shares_affine(self, site: NormSite) -> bool:
@@ -76,7 +84,8 @@ class Surroundings:
         if isinstance(site.module, FunctionalNorm) and site.module.shared:
             return True
         state = site.state
-        return any(self._owners[id(tensor)] > 1 for tensor in (state.weight, state.bias))
+        held = (tensor for tensor in (state.weight, state.bias) if tensor is not None)
+        return any(self._owners[id(whole(tensor))] > 1 for tensor in held)
 
     def _dimension(self, site: NormSite) -> int | None:
         """How many dimensions follow the channels.
@@ -118,6 +127,38 @@ class Surroundings:
         hooked = module._forward_pre_hooks or site.module._forward_hooks
         problem = f"a hook stands between it and {around.consumer}" if hooked else ""
         return self._neighbour(site, around.consumer, problem, before=False)
+
+    def _previous(self, site: NormSite) -> Previous:
+        around = site.around
+        if around is None:
+            return Previous(problem="no graph shows what stands before it")
+        if around.previous is None:
+            return Previous(
+                problem="no norm stands before the layer that feeds it, with an activation at most "
+                "between them"
+            )
+        norm = self._model.get_submodule(around.previous)
+        tail = (getattr(norm, name) for name in read_site(norm, around.previous).state.tail)
+        passing = (nn.Identity, nn.Dropout)
+        functions = [each for each in (*tail, around.between) if each is not None]
+        functions = [each for each in functions if not isinstance(each, passing)]
+        return Previous(norm, tuple(functions), "")
+
+    def _activation(self, site: NormSite) -> Activation:
+        for name in reversed(site.state.tail):
+            fused: Any = getattr(site.module, name)
+            if not isinstance(fused, (nn.Identity, nn.Dropout)):
+                path = f"{site.path}.{name}".lstrip(".")
+                return Activation(path, fused, fused=name, problem="")
+        if site.owner is not None or owner_of(site.module) is not None:
+            return Activation(problem="a call in a forward has no neighbours that are known")
+        if site.module._forward_hooks:
+            return Activation(problem="a hook stands between it and what reads it")
+        return self._following.of(site.path)
+
+    @cached_property
+    def _following(self) -> Following:
+        return Following(self._model, self._inputs)
 
     def _neighbour(self, site: NormSite, path: str, problem: str, *, before: bool) -> Neighbour:
         module: Any = self._model.get_submodule(path)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import normswap
@@ -163,3 +164,11 @@ def test_a_norm_that_was_not_reached_is_left_and_reported() -> None:
 def test_one_object_under_two_names_is_one_row() -> None:
     shared = nn.BatchNorm2d(2).double()
     assert estimated(nn.Sequential(shared, shared)) == ["0"]
+
+
+def test_what_keeps_something_else_is_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    model.append(nn.BatchNorm2d(4))
+    normswap.convert(model, "evonorm_b0", where="1")
+    report = normswap.warmup(model, [torch.randn(4, 3, 5, 5)], progress=False)
+    assert any(row.path == "1" and "only training updates it" in str(row) for row in report)

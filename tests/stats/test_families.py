@@ -31,6 +31,7 @@ BATCH_NORMS = [
     ("sync_bn", {}),
     ("sn", {}),
     ("sn", {"sync": True, "kappa": 1.0}),
+    ("ssn", {"delta": 0.5}),
     ("ghost_bn", {"group_size": 2}),
 ]
 

@@ -17,13 +17,19 @@ from tests.reference import formulas
 from tests.reference.data import close, values
 from tests.stats.models import cut
 
-OPTIONS = [{}, {"kappa": 0.0}, {"unbiased": False}, {"kappa": 1.0, "sync": True}]
+OPTIONS = [
+    {},
+    {"kappa": 0.0},
+    {"unbiased": False},
+    {"kappa": 1.0, "sync": True},
+    {"norm": "ssn", "delta": 0.5},
+]
 SHAPES = [(20, 4, 6, 5), (20, 4, 2), (20, 4), (20, 4, 1)]
 
 
-def mixing(shape: tuple[int, ...], **options: Any) -> nn.Sequential:
+def mixing(shape: tuple[int, ...], norm: str = "sn", **options: Any) -> nn.Sequential:
     """Switchable norms with a layer between."""
-    sizes = [normswap.build("sn", 4, dim=max(len(shape) - 2, 1), **options) for _ in range(2)]
+    sizes = [normswap.build(norm, 4, dim=max(len(shape) - 2, 1), **options) for _ in range(2)]
     return nn.Sequential(sizes[0], nn.Tanh(), sizes[1]).double().eval()
 
 

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import normswap
+from tests.extra import REQUIRING
 
 CHANNELS = 8
 
-#: Every norm of the registry that takes BatchNorms by default, but for `fold`, which is no layer.
+#: Every norm of the registry that takes BatchNorms by default, whatever stands around them.
 TARGETS = [
     entry.name
     for entry in normswap.list_norms()
-    if "batch_norm" in entry.sources and "neighbours" not in entry.needs
+    if "batch_norm" in entry.sources and entry.needs <= {"dim"} and entry.name not in REQUIRING
 ]
 
 
@@ -99,7 +100,7 @@ class Source:
     @property
     def tracks(self) -> bool:
         """Whether it keeps running statistics."""
-        return "running_mean" in self.tensors
+        return any(name.startswith(("running_mean", "running_square")) for name in self.tensors)
 
     def model(self, seed: int = 0) -> Any:
         """A net with this norm, in training mode, with parameters and statistics all different."""
@@ -107,37 +108,66 @@ class Source:
 
 
 #: Norms that keep running statistics, and evaluate with them.
-TRACKING = ("bn", "sync_bn", "frozen_bn", "ghost_bn", "ebn", "bin", "adaptive_bn", "iebn")
+TRACKING = (
+    *("bn", "sync_bn", "frozen_bn", "ghost_bn", "ebn", "bin", "adaptive_bn", "iebn", "an"),
+    *("dsbn", "split_bn"),
+)
 
 #: Norms that keep running statistics, and evaluate with these and with those of the sample.
-MIXTURES = ("sn",)
+MIXTURES = ("sn", "ssn")
 
 #: Norms that evaluate some channels with running statistics, and the others with the sample's.
 HALVES = ("ibn",)
 
+#: Norms that evaluate with running statistics, and then with the sample's; as sources they are
+#: rewritten to what they are expected to make of the first.
+TWICE = ("bcn",)
+
 #: All that keep running statistics by themselves.
-KEEPING = (*TRACKING, *MIXTURES, *HALVES)
+KEEPING = (*TRACKING, *MIXTURES, *HALVES, *TWICE)
 
 #: Norms that measure channels alone, if at all, so that a match changes nothing.
-SINGLE = ("in", "cn", "rn_l", *HALVES)
+SINGLE = ("in", "cn", "rn_l", "adain", *HALVES)
 
 #: Norms that evaluate as running statistics did, and keep none.
 FORGETTING = ("an_wang",)
 
+#: Norms that evaluate as running statistics did only with another weight and bias, as they remove
+#: no mean.
+UNCENTRED = ("mabn",)
+
 #: Norms that start or end as another only with another weight.
-RESCALED = ("ebn", "iebn", "an_wang")
+RESCALED = ("ebn", "iebn", "an_wang", "transnorm")
+
 #: Norms that evaluate with running statistics and keep them in terms of their own: what they keep.
 RETOLD = {
-    "l1_bn": ("running_mean", "num_batches_tracked", "running_scale"),
-    "iter_norm": ("running_mean", "num_batches_tracked", "running_wm"),
+    "mabn": (
+        *("num_batches_tracked", "running_square"),
+        *("recent_squares", "recent_products", "steps"),
+    ),
+    "l1_bn": ("num_batches_tracked", "running_mean", "running_scale"),
+    "iter_norm": ("num_batches_tracked", "running_mean", "running_wm"),
+    "batch_renorm": ("running_mean", "num_batches_tracked", "running_std"),
+    "transnorm": (
+        "num_batches_tracked",
+        *("running_mean_source", "running_var_source"),
+        *("running_mean_target", "running_var_target"),
+    ),
 }
+
+#: Norms that count their steps from zero, whatever the source has seen.
+STARTING_OVER = ("batch_renorm",)
 
 #: Parameters that a norm has beside weight and bias, and that no other norm takes over.
 OWN = {
     "sn": ("mean_weight", "var_weight"),
+    "ssn": ("mean_weight", "var_weight"),
+    "an": ("weight_delta", "bias_delta", "attention_weight", "attention_bias", "attention_gain"),
     "bin": ("gate",),
+    "bcn": ("group_weight", "group_bias"),
     "adaptive_bn": ("input_weight", "norm_weight"),
     "iebn": ("gate_weight", "gate_bias"),
+    "dsbn": ("domain_weight_delta", "domain_bias_delta"),
     "an_wang": (
         *("key_weight", "key_bias", "query_weight", "query_bias", "value_weight", "value_bias"),
         *("share_weight", "share_scale", "residual"),
@@ -145,11 +175,22 @@ OWN = {
     "rn_l": ("region_weight", "gain_weight", "gain_bias", "offset_weight", "offset_bias"),
 }
 
+#: What norms of several domains keep of all but the first.
+_OTHERS = ("other_running_mean", "other_running_var", "other_num_batches_tracked")
+
+#: What a norm keeps beside running statistics, and that no other norm takes over.
+OWN_BUFFERS = {
+    "ssn": ("radius", "mean_fixed", "var_fixed"),
+    "an": ("attention_mean", "attention_var"),
+    "dsbn": _OTHERS,
+    "split_bn": _OTHERS,
+}
+
 #: Norms that, once trained, are like no other norm.
-UNIQUE = ("adaptive_bn", "iebn")
+UNIQUE = ("adaptive_bn", "iebn", "an", "dsbn")
 
 #: Of these, those that are batch normalization as long as nothing is learned.
-NEUTRAL = {name for norm in ("bin", "adaptive_bn", "iebn") for name in OWN[norm]}
+NEUTRAL = {name for norm in ("bin", "adaptive_bn", "iebn", "an", "dsbn") for name in OWN[norm]}
 
 _TORCH = {
     "BatchNorm2d": Source("bn", lambda: nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.2)),
@@ -189,15 +230,33 @@ def convertible(source: Source, target: str) -> bool:
     return target != "frozen_bn" or source.tracks
 
 
+#: Of each kind of norm one. There are no pairs in the code but a reader and a starter for each
+#: norm: so every norm meets these, as a source and as a target, and only `test_fidelity` asks of
+#: every pair what it promises.
+KINDS = ("bn", "frozen_bn", "gn", "ln", "rms", "sn", "l1_bn", "dsbn")
+
+
+def meeting(source: str, target: str) -> bool:
+    """Whether a norm meets one of each kind, or itself."""
+    return source in KINDS or target in KINDS or source == target
+
+
 def pairs(
-    keep: Callable[[Source, str], bool] = convertible, sources: Iterable[str] = SOURCES
+    keep: Callable[[Source, str], bool] = convertible,
+    sources: Iterable[str] = SOURCES,
+    *,
+    every: bool = False,
 ) -> list[Any]:
-    """Every (source, target) that ``keep`` accepts, for ``pytest.mark.parametrize``."""
+    """The pairs (source, target) that ``keep`` accepts, for ``pytest.mark.parametrize``.
+
+    With ``every`` all pairs there are, else those of one of `KINDS`.
+    """
     return [
         pytest.param(SOURCES[name], target, id=f"{name}-to-{target}")
         for name in sources
         for target in TARGETS
         if convertible(SOURCES[name], target) and keep(SOURCES[name], target)
+        if every or meeting(SOURCES[name].norm, target)
     ]
 
 
@@ -215,8 +274,12 @@ def matched(source: Source, target: str) -> bool:
         return False
     if source.norm != target and {source.norm, target} & {*RESCALED}:
         return True
+    if source.norm in TWICE and source.norm != target:
+        return True
     if source.norm in HALVES and target in MIXTURES:
         return True
+    if target in UNCENTRED:
+        return source.norm != target
     return source.norm in MIXTURES or target not in (*KEEPING, *RETOLD, *SINGLE)
 
 

@@ -18,6 +18,7 @@ from tests.swap.helpers import (
     FORGETTING,
     HOOKS,
     OWN,
+    OWN_BUFFERS,
     RESCALED,
     RETOLD,
     SOURCES,
@@ -112,7 +113,8 @@ def test_values_carried_unchanged_keep_what_training_made_of_them(
     trained = {key: value.clone() for key, value in model.state_dict().items()}
     normswap.revert(model)
     now = model.state_dict()
-    own = {f"{norm}.{name}" for norm in ("norm1", "norm2") for name in OWN.get(source.norm, ())}
+    names = (*OWN.get(source.norm, ()), *OWN_BUFFERS.get(source.norm, ()))
+    own = {f"{norm}.{name}" for norm in ("norm1", "norm2") for name in names}
     carried = {key for key in now if key in trained} - rewritten(source, target) - own
     every = set(now) - rewritten(source, target) - own
     assert fidelity - {"exact", "eval"} or carried == every
@@ -141,7 +143,7 @@ def rewritten(source: Source, target: str) -> set[str]:
     names = ["weight", "bias"] if matched(source, target) else []
     for norm in (source.norm, target):
         if norm in RETOLD:
-            names += [*RETOLD[norm], "running_var"]
+            names += [*RETOLD[norm], "running_mean", "running_var"]
     if target in FORGETTING:
         names += ["running_mean", "running_var", "num_batches_tracked"]
     return {f"norm{i}.{name}" for i in (1, 2) for name in names}

@@ -13,6 +13,7 @@ import normswap
 from tests.swap.helpers import (
     CHANNELS,
     OWN,
+    OWN_BUFFERS,
     TARGETS,
     TRACKING,
     Doubled,
@@ -171,7 +172,7 @@ def test_statistics_that_are_not_saved_stay_unsaved(target: str) -> None:
     model[1].register_buffer("running_mean", model[1].running_mean, persistent=False)
     keys = list(model.state_dict())
     assert "1.running_mean" not in keys
-    new = [f"1.{name}" for name in OWN.get(target, ())]
+    new = [f"1.{name}" for name in (*OWN.get(target, ()), *OWN_BUFFERS.get(target, ()))]
     assert sorted(normswap.convert(model, target).state_dict()) == sorted(keys + new)
 
 

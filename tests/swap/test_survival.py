@@ -17,6 +17,7 @@ from tests.swap.helpers import (
     HOOKS,
     KEEPING,
     OWN,
+    OWN_BUFFERS,
     RETOLD,
     SOURCES,
     TARGETS,
@@ -100,7 +101,12 @@ def test_running_statistics_are_carried_in_the_same_memory(source: Source, targe
     model = source.model()
     before = {name: (buffer.data_ptr(), buffer.clone()) for name, buffer in model.named_buffers()}
     after = dict(swap(model, target).named_buffers())
-    assert list(after) == list(before)
+    shared = [
+        [name for name in names if name.rpartition(".")[2] not in OWN_BUFFERS.get(norm, ())]
+        for names, norm in ((before, source.norm), (after, target))
+    ]
+    assert shared[0] == shared[1]
+    before = {name: before[name] for name in shared[0]}
     for name, (memory, value) in before.items():
         assert after[name].data_ptr() == memory
         assert same_bits(after[name], value)
@@ -113,8 +119,10 @@ def test_state_dict_keys(source: Source, target: str) -> None:
     before = [key for key in model.state_dict() if not key.startswith("norm")]
     running = ["running_mean", "running_var", "num_batches_tracked"]
     tracks = source.tracks if target == source.norm else target in KEEPING
-    expected = affine_of(source, target) + list(OWN.get(target, ()))
+    affine = affine_of(source, target)
+    expected = affine + list(OWN.get(target, ()) if affine or target != "dsbn" else ())
     expected += list(RETOLD[target]) if target in RETOLD else running * tracks
+    expected += OWN_BUFFERS.get(target, ())
     after = list(swap(model, target).state_dict())
     assert [key for key in after if not key.startswith("norm")] == before
     assert [key for key in after if key.startswith("norm1.")] == [f"norm1.{k}" for k in expected]
@@ -169,7 +177,7 @@ def test_requires_grad(source: Source, target: str) -> None:
     swap(model, target)
     for name, parameter in model.named_parameters():
         frozen = target == "frozen_bn" and name.startswith("norm")
-        if name in before:
+        if name in before and name.rpartition(".")[2] not in OWN.get(target, ()):
             assert parameter.requires_grad == (before[name] and not frozen)
 
 
@@ -254,7 +262,8 @@ def test_an_averaged_copy_can_be_kept(source: Source, target: str) -> None:
 )
 def test_an_optimizer_made_before_trains_the_converted_model(source: Source, target: str) -> None:
     model = source.model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    # The decay moves what has a slope of zero, up to rounding: a bias before a norm.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     train_step(model, model.example(), optimizer)
     swap(model, target)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -107,7 +107,7 @@ def _obstacle(each: Candidate, owners: Counter[int]) -> str:
         return "its original is a call in a forward, whose output nothing shows"
     if "weight" not in affine:
         return "it has no gain to fit"
-    if each.site.state.retold and each.record.fidelity.rank > Fidelity.NEAR.rank:
+    if each.site.state.retold and each.record.fidelity.rank > Fidelity.MATCHED.rank:
         return "it keeps more than a mean and a variance, which only training measures"
     if parametrize.is_parametrized(each.site.module):
         return "its affine is computed by a parametrization"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.errors import StatisticsError
+from normswap.norms.base import Norm
 from normswap.norms.registry import reader
 from normswap.stats.calibration.ambient import kept_ambient
 from normswap.stats.strand import Strand, stop
@@ -44,6 +45,8 @@ def _listen(path: str, norm: nn.Module, tell: Tell) -> list[Any]:
 
 
 def _tail_of(norm: nn.Module) -> tuple[str, ...]:
+    if isinstance(norm, Norm):
+        return norm.tail
     found = reader(type(norm))
     return found[0](norm).tail if found else ()
 

@@ -49,8 +49,9 @@ def differences(
 
     def compare(path: str, y: Tensor) -> None:
         if beside is not None:
-            sums[path] += _sums(y, beside.output_at(path))
+            sums[path] += _sums(y, by_path[path].aim(beside.output_at(path)))
 
+    by_path = {pair.path: pair for pair in pairs}
     originals = {pair.path: pair.original for pair in pairs}
     norms = {pair.path: pair.norm for pair in pairs}
     with telling(originals, Companion.arrive), telling(norms, compare):

@@ -24,6 +24,7 @@ from normswap.stats.distributed import merge_ranks
 from normswap.stats.feed import Feed, mapped
 from normswap.stats.lockstep import Key, Lockstep, meet
 from normswap.stats.moments import channel_moments
+from normswap.stats.probe import input_of
 from normswap.stats.shelf import Holder, Shelf
 
 __all__ = ["fit_layerwise"]
@@ -143,7 +144,7 @@ class _Layerwise:
         self._apply(place)
 
     def _before(self, place: int, norm: nn.Module, args: Any, kwargs: Any) -> None:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = input_of(args, kwargs)
         pair = self._pairs[place]
         if pair.needs_statistics:
             meet(2 * place, partial(self._measure, pair, x))
@@ -160,7 +161,7 @@ class _Layerwise:
     def _compare(self, pair: Pair, x: Tensor, index: int) -> Joint:
         """What the original computes here, beside what the bare converted norm computes."""
         joint = Joint(pair.num_features, x.device)
-        y = self._companions[index].output_at(pair.path)
+        y = pair.aim(self._companions[index].output_at(pair.path))
         joint.see(pair.bare(x), y, pair.channel_dim)
         if not bool((joint.mean.sum() + joint.spread.sum()).isfinite()):
             raise StatisticsError(

@@ -79,6 +79,14 @@ class Pair:
             if "bias" in self.affine:
                 self.affine["bias"].copy_(offset)
 
+    def aim(self, y: Tensor) -> Tensor:
+        """What the converted norm is to compute where the original norm computes y.
+
+        That is an activation further, where the converted norm stands for it too.
+        """
+        name = getattr(self.norm, "stands_for", "")
+        return getattr(self.norm, name)(y.clone()) if name else y
+
     def bare(self, x: Tensor) -> Tensor:
         """What the converted norm computes without its affine and without its fused activation.
 
@@ -127,7 +135,7 @@ def _reverted(model: nn.Module) -> list[Tensor]:
     """The parameters that a revert would write to."""
     found: list[Tensor] = []
     for norm, record in records(model).values():
-        for module in (norm, record.original, *(kept.module for kept in record.beside)):
+        for module in (norm, record.original, *(m for kept in record.beside for m in kept.written)):
             found += module.parameters()
             found += list(affine_of(module).values())
     return found
