@@ -1,4 +1,4 @@
-"""The command line: ``normswap demo`` and ``normswap norms``.
+"""The command line: ``normswap demo``, ``normswap norms`` and ``normswap draw``.
 
 torch and all that needs it is imported inside the commands, so that ``normswap --help`` is quick.
 """
@@ -44,6 +44,50 @@ def norms() -> None:
     import normswap
 
     typer.echo(str(normswap.list_norms()))
+
+
+@app.command(
+    help="Draw what norms pool over, measured from the layers themselves: as text, or as a picture."
+)
+def draw(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Norms.", show_default="all that are layers of their own"),
+    ] = None,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where a picture goes, a .png file.", dir_okay=False, show_default="text instead"
+        ),
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--eval", help="As they are in eval mode, not in training.")
+    ] = False,
+) -> None:
+    """Print `normswap.draw_text`, or draw the same norms as a PNG file.
+
+    Args:
+        names: registry names or aliases of norms; all if there are none.
+        out: where the picture goes; without it text is printed.
+        evaluation: draw them as they are in eval mode.
+
+    Raises:
+        UnknownNorm: no norm has one of the names.
+        MissingExtra: a picture is asked for, and matplotlib is not installed.
+        OptionError: the picture cannot be written where it is to go.
+    """
+    if out is None:
+        import normswap
+
+        typer.echo(normswap.draw_text(*names or (), training=not evaluation))
+        return
+    _check_target(out)
+    from normswap.views.dependence import suited
+    from normswap.views.norm_picture import draw_norms
+
+    draw_norms(suited(names or ()), out, training=not evaluation)
+    typer.echo(f"Picture: {out}")
 
 
 @app.command(

@@ -6,6 +6,7 @@ import pytest
 from rich.text import Text
 from typer.testing import CliRunner
 
+import normswap
 from normswap import cli
 
 HELP_THEN_LIST_MODULES = """
@@ -54,6 +55,31 @@ def test_norms_lists_them_all() -> None:
     assert {"bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "identity"} <= first_words
 
 
+def test_draw_prints_drawings_of_the_norms_that_are_named() -> None:
+    ran = CliRunner().invoke(cli.app, ["draw", "gn", "ln"])
+    assert ran.exit_code == 0
+    assert ran.stdout == normswap.draw_text("gn", "ln") + "\n"
+    ran = CliRunner().invoke(cli.app, ["draw", "bn", "--eval"])
+    assert ran.stdout == normswap.draw_text("bn", training=False) + "\n"
+
+
+def test_draw_makes_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "norms.png"
+    ran = CliRunner().invoke(cli.app, ["draw", "gn", "in", "--out", str(target)])
+    assert ran.exit_code == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+    assert str(target) in ran.stdout
+
+
+def test_an_unknown_norm_is_not_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "draw", "nonesuch") == 1
+    assert "nonesuch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "draw"])
 @pytest.mark.parametrize(
     ("out", "complaint"),
     [("demo.gif", "ends in .png"), ("no/such/folder/demo.png", "missing or not writable")],
@@ -62,11 +88,12 @@ def test_a_place_where_no_picture_can_go_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
+    command: str,
     out: str,
     complaint: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, "demo", "--quick", "--out", out) == 1
+    assert run_main(monkeypatch, command, "--out", out) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("normswap: --out=")

@@ -97,3 +97,33 @@ def test_ranks_with_uneven_shards_warm_up_as_one_process() -> None:
         ((difference,),) = cells(printed, method)
         assert float(difference) < 1e-10
     assert "equal to the last bit" in printed
+
+
+def test_statistics_of_each_domain_help_the_harder_one() -> None:
+    printed = run(str(EXAMPLES / "domain_specific_bn.py"), "--quick")
+    ((_, mixed),) = cells(printed, "BatchNorm")
+    ((_, told),) = cells(printed, "dsbn, by domain")
+    ((_, found),) = cells(printed, "dsbn, by cluster")
+    assert min(percent(told), percent(found)) > percent(mixed)
+
+
+def test_a_photograph_takes_on_the_colours_of_another(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "style.png"
+    printed = run(str(EXAMPLES / "style_adain.py"), "--out", str(out))
+    assert cells(printed, "china as china") == [["1.00", "0.000", "0.000"]]
+    for pair in ("china as flower", "flower as china"):
+        ((shapes, before, now),) = cells(printed, pair)
+        assert float(shapes) > 0.8
+        assert float(now) < 0.1 * float(before)
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_label_map_at_every_norm_paints_better(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "spade.png"
+    printed = run(str(EXAMPLES / "spade_label_map.py"), "--quick", "--out", str(out))
+    ((batch_norm,),) = cells(printed, "BatchNorm")
+    ((spade,),) = cells(printed, "SPADE")
+    assert float(spade) < 0.8 * float(batch_norm)
+    assert out.read_bytes().startswith(b"\x89PNG")

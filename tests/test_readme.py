@@ -27,6 +27,11 @@ def test_nothing_is_left_to_fill_in() -> None:
     assert not re.findall(r"^[A-Z]{4,}$", README, re.MULTILINE)
 
 
+def test_the_drawings_are_what_the_layers_tell() -> None:
+    (drawn,) = re.findall(r"`normswap draw` prints .*?```text\n(.*?)\n```", README, re.DOTALL)
+    assert drawn == normswap.draw_text()
+
+
 def test_the_table_of_norms_is_the_registry() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
     table = [row for row in rows if row[0] in {norm.name for norm in normswap.list_norms()}]
