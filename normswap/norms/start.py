@@ -186,16 +186,17 @@ def _to_be_recounted(state: NormState, fidelity: Fidelity, counts: Counts) -> bo
 
 
 def _recounted(state: NormState, counts: Counts) -> tuple[str, ...]:
-    """What has to be there for the same gain and offset where weight and bias enter otherwise."""
+    """What has to be there for the same gain and offset where weight and bias enter otherwise.
+
+    A source with neither gains both, as by ``affine=True``, or none.
+    """
     theirs = state.counts
-    weight = state.weight is not None or (theirs.of_weight, theirs.base) != (
-        counts.of_weight,
-        counts.base,
-    )
-    bias = state.bias is not None or theirs.added != counts.added
-    return tuple(
-        name for name, needed in zip(AFFINE_TENSORS, (weight, bias), strict=True) if needed
-    )
+    gain = (theirs.of_weight, theirs.base) != (counts.of_weight, counts.base)
+    offset = theirs.added != counts.added
+    if not state.affine:
+        return AFFINE_TENSORS if gain or offset else ()
+    needed = zip(AFFINE_TENSORS, (gain, offset), strict=True)
+    return tuple(name for name, n in needed if n or getattr(state, name) is not None)
 
 
 def _affine_of(state: NormState) -> tuple[str, ...]:

@@ -40,11 +40,6 @@ class ScaledGroupNorm(nn.GroupNorm):
         return 2 * super().forward(x)
 
 
-class UpcastLayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.double()).to(x.dtype)
-
-
 class InheritedReLU(NormReLU):
     """Does not override forward itself: its base does."""
 
@@ -53,7 +48,6 @@ UNKNOWN = {
     "NormReLU": lambda: NormReLU(CHANNELS),
     "InheritedReLU": lambda: InheritedReLU(CHANNELS),
     "ScaledGroupNorm": lambda: ScaledGroupNorm(2, CHANNELS),
-    "UpcastLayerNorm": lambda: UpcastLayerNorm((CHANNELS,)),
 }
 
 
@@ -77,6 +71,29 @@ def test_a_forward_of_its_own_is_skipped_with_the_reason_and_never_rebuilt(
 
 
 # -- subclasses that compute the same ------------------------------------------------------------
+
+
+class UpcastLayerNorm(nn.LayerNorm):
+    """Its base's function in a forward of its own, and its base's keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, given = self.normalized_shape, x.dtype
+        weight, bias = self.weight.float(), self.bias.float()
+        return nn.functional.layer_norm(x.float(), size, weight, bias, self.eps).to(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_of_its_own_that_computes_the_same_is_recognised(dtype: torch.dtype) -> None:
+    model = filled(nn.Sequential(nn.Linear(3, CHANNELS), UpcastLayerNorm(CHANNELS))).to(dtype)
+    x, keys = numbers(2, 5, 3).to(dtype), list(model.state_dict())
+    before, weight = model(x), model[1].weight
+    (site,) = normswap.find(model)
+    assert "by behaviour" in site.recognised
+    normswap.convert(model, "ln2d", where="*")
+    assert not isinstance(model[1], UpcastLayerNorm)
+    assert model[1].weight is weight
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(x), before)
 
 
 class Tagged(nn.BatchNorm2d):

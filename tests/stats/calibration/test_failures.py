@@ -25,7 +25,7 @@ class Planned(Exception):
 
 
 class Fuse:
-    """Fails at its so-manyth call."""
+    """Fails at its so-manyth call, and from then on."""
 
     def __init__(self, calls: int, error: type[BaseException]) -> None:
         self.left, self.error = calls, error
@@ -33,7 +33,7 @@ class Fuse:
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         self.left -= 1
         torch.rand(1)
-        if not self.left:
+        if self.left <= 0:
             raise self.error("on purpose")
         return model(x)
 
