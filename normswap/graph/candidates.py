@@ -15,6 +15,7 @@ from normswap.norms.registry import reader
 __all__ = [
     "STATISTICS",
     "is_candidate",
+    "reached_code",
     "reached_names",
     "required_arguments",
     "takes_statistics",
@@ -71,14 +72,14 @@ def takes_statistics(cls: Any, function: Any = None) -> bool:
 
 def reached_names(cls: Any, methods: Iterable[str]) -> set[str]:
     """All attributes that methods of a class may read, and what they call of its class and file."""
-    functions = [getattr(cls, name, None) for name in methods]
+    return {name for code in reached_code(cls, methods) for name in code.co_names}
+
+
+def reached_code(cls: Any, methods: Iterable[str]) -> list[types.CodeType]:
+    """The code of methods of a class and of what they call of its class and file, each once."""
+    functions = [inspect.unwrap(getattr(cls, name)) for name in methods if hasattr(cls, name)]
     seen: set[types.CodeType] = set()
-    return {
-        name
-        for function in functions
-        for code in _reached(function, cls, seen)
-        for name in code.co_names
-    }
+    return [code for function in functions for code in _reached(function, cls, seen)]
 
 
 def _reached(function: Any, cls: type, seen: set[types.CodeType]) -> Iterator[types.CodeType]:

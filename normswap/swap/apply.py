@@ -18,6 +18,7 @@ from normswap.swap.beside import Pending, restore
 from normswap.swap.carry import carry_over
 from normswap.swap.changes import Changes
 from normswap.swap.fast_path import keep_in_step
+from normswap.swap.folding import keep_from_folding
 from normswap.swap.inputs import keep_asking
 from normswap.swap.journal import (
     Record,
@@ -83,9 +84,7 @@ def apply_steps(model: nn.Module, steps: Iterable[Step], *, scoped: bool = False
         _make(step, changes, pending, place, scoped=scoped)
     before = skips(model)
     remember_skips(model, _skips_after(before, steps), changes)
-    keep_in_step(model, changes)
-    keep_references(model, changes)
-    keep_asking(model, changes)
+    _follow(model, changes)
     olds = [step.site.module for step in converting]
     return Applied(changes.make(model), olds, before, changes)
 
@@ -135,11 +134,15 @@ def _take_back(
     for module, record in found:
         put_back(module, record, place, changes)
     restore(model, (kept for _, record in found for kept in record.beside), changes)
-    keep_in_step(model, changes)
-    keep_references(model, changes)
-    keep_asking(model, changes)
+    _follow(model, changes)
     remember_skips(model, left, changes)
     return changes.make(model)
+
+
+def _follow(model: nn.Module, changes: Changes) -> None:
+    """Add to ``changes`` what has to follow its replacements in the model around them."""
+    for keep_up in (keep_in_step, keep_from_folding, keep_references, keep_asking):
+        keep_up(model, changes)
 
 
 def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scoped: bool) -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from normswap.norms.base import Norm
 from normswap.norms.state import TENSORS
 
-__all__ = ["carry_over", "share_hooks"]
+__all__ = ["carry_over", "moving_on", "share_hooks"]
 
 _FRESH = vars(nn.Module())
 _HOOKS = tuple(name for name in _FRESH if "hook" in name)
@@ -31,8 +31,7 @@ def carry_over(old: nn.Module, new: nn.Module, *, leave: Collection[str] = ()) -
     """
     new.training = old.training
     share_hooks(old, new)
-    left = _settings(type(old).__mro__) | set(TENSORS) | {"parametrizations", *leave}
-    left |= set(old.own) if isinstance(old, Norm) else set()
+    left = _left_behind(old) | set(leave)
     for held in ("_parameters", "_buffers", "_modules"):
         theirs, ours = getattr(old, held), getattr(new, held)
         for name, value in theirs.items():
@@ -46,6 +45,18 @@ def carry_over(old: nn.Module, new: nn.Module, *, leave: Collection[str] = ()) -
         getattr(new, name, None) is not None for name in ("weight", "bias")
     ):
         parametrize.transfer_parametrizations_and_params(old, new)
+
+
+def moving_on(old: nn.Module) -> set[str]:
+    """Names of what a norm has beside the shared tensors, and any norm in its place will have."""
+    held = (vars(old), old._parameters, old._buffers, old._modules)
+    return {name for each in held for name in each} - _left_behind(old) - _FRESH.keys()
+
+
+def _left_behind(old: nn.Module) -> frozenset[str]:
+    """Names of what is a norm's own business, or goes over in another way."""
+    own = set(old.own) if isinstance(old, Norm) else set()
+    return _settings(type(old).__mro__) | set(TENSORS) | {"parametrizations"} | own
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from normswap.graph.modules import require_module
 from normswap.graph.site import NormSite
 from normswap.norms.start import Start
 from normswap.norms.state import NormState
+from normswap.swap.carry import moving_on
 
-__all__ = ["refuse_taken_names", "refuse_unready", "refuse_unsupported"]
+__all__ = ["refuse_taken_names", "refuse_unread", "refuse_unready", "refuse_unsupported"]
 
 #: Wrappers by defining module and name, so that none is imported for the check.
 _WRAPPERS = (
@@ -90,3 +92,27 @@ def refuse_taken_names(state: NormState, start: Start) -> None:
             f"it calls a tensor {taken[0]}, and so does {type(shell).__name__} one of its own",
             "leave it out by skip=, or give it another name first",
         )
+
+
+def refuse_unread(reads: Mapping[str, str], old: nn.Module, start: Start) -> None:
+    """Raise if a forward reads something of a norm that the new one would not have.
+
+    Args:
+        reads: what is read of it, and by whom.
+        old: the norm.
+        start: how the new one starts.
+
+    Raises:
+        CannotConvert: naming what is missing first.
+    """
+    needed = [name for name in reads if getattr(old, name, None) is not None]
+    there = {*start.affine, *start.running, *moving_on(old)} if needed else set()
+    needed = [name for name in needed if name not in there]
+    shell = start.shell() if needed else None
+    for name in needed:
+        if not hasattr(shell, name):
+            raise CannotConvert(
+                f"the forward of {reads[name]} reads its {name}, and {type(shell).__name__} has "
+                "none",
+                "leave it out by skip=",
+            )

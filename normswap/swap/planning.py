@@ -17,7 +17,12 @@ from normswap.norms.spec import Target
 from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
 from normswap.swap.demands import refuse_empty, refuse_idle, refuse_unfaithful
-from normswap.swap.guards import refuse_taken_names, refuse_unready, refuse_unsupported
+from normswap.swap.guards import (
+    refuse_taken_names,
+    refuse_unread,
+    refuse_unready,
+    refuse_unsupported,
+)
 from normswap.swap.journal import record_of, records
 from normswap.swap.plan import Plan
 from normswap.swap.select import Selector, matches, require_match
@@ -169,6 +174,7 @@ def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundin
             note = "its affine is another layer's too, so it is copied"
             start = replace(start, note="; ".join(filter(None, (start.note, note))))
         refuse_taken_names(state, start)
+        refuse_unread(surroundings.reads(site), site.module, start)
         start = _checked(site, state, start)
     except CannotConvert as error:
         return Step(site, "skip", target, reason=str(error))

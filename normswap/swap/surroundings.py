@@ -11,8 +11,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from normswap.graph.calls import own_class
 from normswap.graph.following import Following
 from normswap.graph.modules import read_site
+from normswap.graph.readers import read_attributes
 from normswap.graph.site import NormSite
 from normswap.norms.beside import Activation, Neighbour, Previous
 from normswap.norms.functional import FunctionalNorm, owner_of
@@ -86,6 +88,17 @@ class Surroundings:
         state = site.state
         held = (tensor for tensor in (state.weight, state.bias) if tensor is not None)
         return any(self._owners[id(whole(tensor))] > 1 for tensor in held)
+
+    def reads(self, site: NormSite) -> dict[str, str]:
+        """What forwards read of the norm itself, beside what it makes: by whom, by name."""
+        found: dict[str, str] = {}
+        for path in site.names if site.origin == "module" else ():
+            parent, _, name = path.rpartition(".")
+            if path:
+                owner = self._model.get_submodule(parent)
+                reader = own_class(owner).__name__
+                found |= dict.fromkeys(sorted(read_attributes(owner, name)), reader)
+        return found
 
     def _dimension(self, site: NormSite) -> int | None:
         """How many dimensions follow the channels.
