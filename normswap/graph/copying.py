@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["sharing_copy", "structure_copy", "without_hooks"]
+__all__ = ["as_meta", "meta_copy", "sharing_copy", "structure_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,10 +31,29 @@ def structure_copy(model: M) -> M:
         for buffer in module._buffers.values():
             if buffer is not None:
                 memo[id(buffer)] = buffer.detach().clone()
-    return without_hooks(copy.deepcopy(model, memo))
+    return _without_hooks(copy.deepcopy(model, memo))
 
 
-def without_hooks(copied: M) -> M:
+def meta_copy(model: M) -> M:
+    """Copy the modules for a run of shapes alone: all tensors are on the meta device.
+
+    Raises:
+        Exception: whatever ``copy.deepcopy`` raises for an attribute that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors(list(vars(module).values())):
+            empty = as_meta(tensor)
+            memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    return _without_hooks(copy.deepcopy(model, memo))
+
+
+def as_meta(value: Any) -> Any:
+    """A tensor of the same shape and type without values; anything else as it is."""
+    return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+
+def _without_hooks(copied: M) -> M:
     """A copy without the hooks that it has of the model."""
     for module in copied.modules():
         for name in _HOOKS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import methodcaller
@@ -101,6 +101,11 @@ class Neighbourhood:
     def blind(self) -> dict[str, str]:
         """Why, by path, for modules whose forward could not be followed."""
         return self.trace.blind
+
+    @property
+    def unseen(self) -> Mapping[str, str]:
+        """What modules were given, by path, that nothing seen has made."""
+        return {} if self.recording is None else self.recording.unseen
 
     def calls(self, module: nn.Module) -> int:
         """How often one forward calls a module, as far as the graphs tell."""

@@ -7,9 +7,8 @@ shapes alone, on the meta device. Where its flow depends on data, it is run on t
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ import torch.fx
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from normswap.graph.copying import structure_copy, without_hooks
+from normswap.graph.copying import as_meta, meta_copy, structure_copy
 from normswap.graph.tracer import Fragment, Trace, is_whole
 from normswap.randomness import kept_random_state
 
@@ -37,10 +37,12 @@ class Recording:
         trace: the graph, as of a trace without inputs.
         shapes: by the path of each module that is one node, the shape of its first input at
             every call.
+        unseen: by the path of a module, what it was given that nothing seen has made.
     """
 
     trace: Trace
     shapes: Mapping[str, list[tuple[int, ...]]]
+    unseen: Mapping[str, str]
 
 
 def record(model: nn.Module, example_inputs: Any, *, evaluating: bool = True) -> Recording:
@@ -49,30 +51,20 @@ def record(model: nn.Module, example_inputs: Any, *, evaluating: bool = True) ->
     Args:
         model: the model; it is not touched.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword
-            arguments.
+            arguments. They are not touched either.
         evaluating: run all modules in eval mode; else in the modes that they are in.
 
     Raises:
         Exception: whatever the forward raises on these inputs.
     """
-    on_meta: Any = tree_map(_as_meta, example_inputs)
     try:
-        return _Recorder(_meta_copy(model), evaluating).run(on_meta)
+        return _Recorder(meta_copy(model), evaluating).run(tree_map(as_meta, example_inputs))
     except Exception:  # its flow depends on data, or an operation has no shapes of its own
-        return _Recorder(structure_copy(model), evaluating).run(example_inputs)
+        return _Recorder(structure_copy(model), evaluating).run(tree_map(_cloned, example_inputs))
 
 
-def _as_meta(value: Any) -> Any:
-    return value.detach().to("meta") if isinstance(value, Tensor) else value
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy without weights."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = _as_meta(tensor)
-        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-    return without_hooks(copy.deepcopy(model, memo))
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 class _Recorder(TorchFunctionMode):
@@ -83,14 +75,19 @@ class _Recorder(TorchFunctionMode):
         self.model = model
         self.graph = torch.fx.Graph()
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
-        self._nodes: dict[int, torch.fx.Node] = {}
-        self._held: list[Tensor] = []  # while they live, no other gets their identities
+        self.unseen: dict[str, str] = {}
+        self._nodes: MutableMapping[Tensor, torch.fx.Node] = WeakTensorKeyDictionary()
+        self._written: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._within = 0  # of modules that are one node
-        for module in model.modules() if evaluating else ():
-            module.training = False  # eval() may be overridden
-        self._names = {
-            id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        }
+        self._paths = [""]  # of the modules that are being run
+        self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
+        for path, module in model.named_modules():
+            if evaluating:
+                module.training = False  # eval() may be overridden
+            for held in (vars(module), module._parameters, module._buffers):
+                for name, value in held.items():
+                    if isinstance(value, Tensor) and value not in self._names:
+                        self._names[value] = f"{path}.{name}".lstrip(".")
 
     def run(self, example_inputs: Any) -> Recording:
         """Run the model and tell what was seen."""
@@ -102,13 +99,18 @@ class _Recorder(TorchFunctionMode):
             args = tuple(example_inputs)
         tree_map(self._given, (args, kwargs))
         for path, module in self.model.named_modules():
-            if not module._modules or is_whole(module):
-                module.register_forward_pre_hook(self._entering(path), with_kwargs=True)
-                module.register_forward_hook(self._leaving(path), with_kwargs=True)
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no hooks; what it makes is told as unseen
+            one = not module._modules or is_whole(module)
+            module.register_forward_pre_hook(self._entering(path, one), with_kwargs=True)
+            # Always: the model may catch what a part of it raises, and go on.
+            module.register_forward_hook(
+                self._leaving(path, one), with_kwargs=True, always_call=True
+            )
         with torch.no_grad(), kept_random_state(), self:
             result = self.model(*args, **kwargs)
         self.graph.output(self._noted(result))
-        return Recording(Trace([Fragment("", self.graph)]), self.shapes)
+        return Recording(Trace([Fragment("", self.graph)]), self.shapes, self.unseen)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -125,10 +127,13 @@ class _Recorder(TorchFunctionMode):
 
     def _given(self, value: Any) -> None:
         if isinstance(value, Tensor):
-            self._bind(value, self.graph.placeholder(f"input_{len(self._held)}"))
+            self._bind(value, self.graph.placeholder(f"input_{len(self.graph.nodes)}"))
 
-    def _entering(self, path: str) -> Callable[..., None]:
+    def _entering(self, path: str, one: bool) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._paths.append(path)
+            if not one:
+                return
             first = next(iter((*args, *kwargs.values())), None)
             if not self._within and isinstance(first, Tensor):
                 self.shapes.setdefault(path, []).append(tuple(first.shape))
@@ -136,55 +141,72 @@ class _Recorder(TorchFunctionMode):
 
         return note
 
-    def _leaving(self, path: str) -> Callable[..., None]:
+    def _leaving(self, path: str, one: bool) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            self._within -= 1
-            if not self._within:
+            if one:
+                self._within -= 1
+            if one and not self._within:
                 self._call("call_module", path, args, kwargs, output)
+            self._paths.pop()
 
         return note
 
     def _call(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> None:
         node = self.graph.create_node(op, target, self._noted(args), self._noted(kwargs))
         self._made(result, node)
+        for tensor in _tensors((args, kwargs, result)):
+            self._follow_write(tensor, node)
 
     def _made(self, result: Any, node: torch.fx.Node) -> None:
         """Let tensors in a result be what a node, or a part of it, makes."""
         if isinstance(result, Tensor):
             self._bind(result, node)
-        elif isinstance(result, Mapping):
-            for key, part in result.items():
-                self._part(part, node, key)
-        elif isinstance(result, (tuple, list)):
-            for index, part in enumerate(result):
-                self._part(part, node, index)
-
-    def _part(self, part: Any, node: torch.fx.Node, key: Any) -> None:
-        if _has_tensors(part):
-            self._made(part, self.graph.call_function(_getitem, (node, key)))
+        for key, part in _parts(result):
+            if _has_tensors(part):
+                self._made(part, self.graph.call_function(_getitem, (node, key)))
 
     def _bind(self, tensor: Tensor, node: torch.fx.Node) -> None:
-        self._nodes[id(tensor)] = node
-        self._held.append(tensor)
+        self._nodes[tensor] = node
+        if tensor not in self._written:
+            self._written[tensor] = _version(tensor)
+
+    def _follow_write(self, tensor: Tensor, node: torch.fx.Node) -> None:
+        """If a call wrote into a tensor, let all that lie in the same memory be the call's."""
+        version = _version(tensor)
+        if version == self._written.get(tensor, version):
+            return
+        with torch._C.DisableTorchFunction():
+            memory = _memory(tensor)
+            shared = [each for each in list(self._nodes) if _memory(each) == memory]
+        for each in shared:
+            self._written[each] = _version(each)
+            if each is not tensor:
+                self._nodes[each] = node
+        self._nodes[tensor] = node
 
     def _noted(self, value: Any) -> Any:
         """Arguments as a node holds them."""
         if isinstance(value, Tensor):
             return self._node_of(value)
-        if isinstance(value, (tuple, list)):
-            return tuple(map(self._noted, value))
-        if isinstance(value, Mapping):
-            return {str(key): self._noted(part) for key, part in value.items()}
         if isinstance(value, slice):
             return slice(*map(self._noted, (value.start, value.stop, value.step)))
+        if isinstance(value, (tuple, list)):
+            return tuple(map(self._noted, value))
+        if isinstance(value, Mapping) or _has_tensors(value):
+            return {str(key): self._noted(part) for key, part in _parts(value)}
         return value if isinstance(value, _PLAIN) else type(value).__name__
 
     def _node_of(self, tensor: Tensor) -> torch.fx.Node:
-        node = self._nodes.get(id(tensor))
+        node = self._nodes.get(tensor)
         if node is None:
-            name = self._names.get(id(tensor))
-            if name is None:  # it was there before, or comes from what torch does not show
-                node = self.graph.placeholder(f"unseen_{len(self._held)}")
+            name = self._names.get(tensor)
+            if name is None:
+                node = self.graph.placeholder(f"unseen_{len(self.graph.nodes)}")
+                self.unseen.setdefault(
+                    self._paths[-1],
+                    f"it is given a tensor {tuple(tensor.shape)} that comes from no call of torch "
+                    "that can be seen",
+                )
             else:
                 node = self.graph.create_node("get_attr", name)
             self._bind(tensor, node)
@@ -195,9 +217,37 @@ def _getitem(value: Any, key: Any) -> Any:
     return value[key]
 
 
-def _has_tensors(value: Any) -> bool:
+def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
+    """What a container holds, each with its key; nothing of what is none."""
     if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return any(map(_has_tensors, value))
-    return isinstance(value, Tensor)
+        yield from value.items()
+    elif isinstance(value, (tuple, list)):
+        yield from enumerate(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from ((each.name, getattr(value, each.name, None)) for each in fields(value))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a value."""
+    if isinstance(value, Tensor):
+        yield value
+    for _, part in _parts(value):
+        yield from _tensors(part)
+
+
+def _has_tensors(value: Any) -> bool:
+    return next(_tensors(value), None) is not None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor, or another in its memory, was written into."""
+    with torch._C.DisableTorchFunction():
+        return 0 if tensor.is_inference() else tensor._version
+
+
+def _memory(tensor: Tensor) -> int:
+    """The memory that a tensor lies in."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    cdata: int = tensor.untyped_storage()._cdata
+    return cdata

@@ -149,8 +149,11 @@ class Sites(Listing[NormSite]):
 
     @property
     def blind(self) -> dict[str, str]:
-        """Why, by path, for modules that tracing could not follow; traces at the first call."""
-        return dict(self._neighbourhood.blind)
+        """Why, by path, for modules that could not be followed; traces at the first call.
+
+        After a run on example inputs, those that were given what nothing seen has made.
+        """
+        return {**self._neighbourhood.blind, **self._neighbourhood.unseen}
 
     def counts(self) -> dict[str, int]:
         """How many there are of each kind."""

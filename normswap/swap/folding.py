@@ -59,10 +59,10 @@ def keep_from_folding(model: nn.Module, changes: Changes) -> None:
     for path, module in model.named_modules():
         if id(module) in replacement or reader(type(module)) is not None:
             continue
-        others: list[str] | None = None
-        for name in methods_that_read(type(module), _FOLDED):
-            if others is None:
-                others = list(_no_batch_norms(module, replacement))
+        cls: Any = type(module)
+        methods = methods_that_read(cls, _FOLDED)
+        others = list(_no_batch_norms(module, replacement)) if methods else []
+        for name in methods:
             there = vars(module).get(name, ABSENT)
             if others and there is ABSENT:
                 where = f"{path or 'the model'} ({type(module).__name__}).{name}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -167,6 +170,135 @@ def test_a_run_leaves_nothing_behind() -> None:
     assert model.training
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@dataclass
+class Pair:
+    """A leaf's output that is no tuple."""
+
+    first: Tensor
+    second: Tensor
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Pair:
+        return Pair(x, x * 2)
+
+
+class Failing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("on purpose")
+
+
+def around(forward: Any, **parts: nn.Module) -> Any:
+    """A model of a convolution, a norm, further parts and a forward."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+            self.norm = nn.BatchNorm2d(CHANNELS)
+            self.constant = torch.ones(1)
+            for name, part in parts.items():
+                self.add_module(name, part)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    return Model()
+
+
+def test_what_no_call_that_is_seen_has_made_is_told() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.norm(torch.from_dlpack(m.conv(x).numpy() * 2))
+
+    found = normswap.find(around(forward), image())
+    assert list(found.blind) == ["norm"]
+    assert "comes from no call of torch" in found.blind["norm"]
+    assert (found[0].producer, found[0].calls) == (None, 1)
+
+
+def test_a_tensor_that_a_module_keeps_is_no_riddle() -> None:
+    found = normswap.find(around(lambda m, x: m.norm(m.conv(x) * m.constant)), image())
+    assert found.blind == {}
+
+
+def test_what_a_run_writes_in_place_is_not_the_callers() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            raise ValueError("too large")
+        return m.norm(x.add_(1))
+
+    given = image()
+    before = given.clone()
+    normswap.find(around(forward), given)
+    assert torch.equal(given, before)
+
+
+def into_a_part(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    y[:, 0].add_(1)
+    return m.norm(y)
+
+
+def into_what_is_given(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    torch.add(x, 1, out=y)
+    return m.norm(y)
+
+
+def into_itself(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    flat = y.view(-1)
+    m.relu(flat)
+    return m.norm(y)
+
+
+@pytest.mark.parametrize("forward", [into_a_part, into_what_is_given, into_itself])
+def test_what_was_written_over_is_not_the_convolutions_any_more(forward: Any) -> None:
+    (site,) = normswap.find(around(forward, relu=nn.ReLU(inplace=True)), image())
+    assert (site.producer, site.calls) == (None, 1)
+
+
+def test_an_error_that_the_model_catches_ends_with_the_part_that_raised_it() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with suppress(ValueError):
+            m.failing(x)
+        return m.norm(m.conv(x))
+
+    found = normswap.find(around(forward, failing=Failing()), image())
+    assert (found[0].producer, found[0].calls) == ("conv", 1)
+    assert found.blind == {}
+
+
+def test_what_a_part_returns_is_looked_into() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.norm(m.conv(m.twice(x).second))
+
+    found = normswap.find(around(forward, twice=Twice()), image())
+    assert found.blind == {}
+    assert found[0].producer == "conv"
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.*:FutureWarning")
+def test_a_scripted_part_is_told_where_it_hides_something() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.ReLU()))
+    found = normswap.find(around(lambda m, x: m.norm(m.part(x)), part=scripted), image())
+    assert found[0].calls == 1
+    assert found[0].producer is None
+
+
+def test_activations_of_a_run_are_let_go() -> None:
+    alive: list[Any] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = m.conv(x) + 0
+            alive.append(weakref.ref(x))
+        assert sum(ref() is not None for ref in alive) <= 2
+        return m.norm(x)
+
+    normswap.find(around(forward), image())
 
 
 def called(model: nn.Module, paths: list[str], inputs: Any) -> Counter[str]:
