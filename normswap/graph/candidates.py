@@ -85,7 +85,7 @@ def reached_code(cls: Any, methods: Iterable[str]) -> list[types.CodeType]:
 def _reached(function: Any, cls: type, seen: set[types.CodeType]) -> Iterator[types.CodeType]:
     """The code of a function and of what it calls of its class and its file."""
     code = getattr(function, "__code__", None)
-    if code is None or code in seen:
+    if not isinstance(code, types.CodeType) or code in seen:
         return
     seen.add(code)
     yield code

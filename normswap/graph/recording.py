@@ -154,6 +154,8 @@ class _Recorder(TorchFunctionMode):
     def _call(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> None:
         node = self.graph.create_node(op, target, self._noted(args), self._noted(kwargs))
         self._made(result, node)
+        if result is next(iter((*args, *kwargs.values())), None):
+            node.meta["passes"] = True
         for tensor in _tensors((args, kwargs, result)):
             self._follow_write(tensor, node)
 
@@ -167,11 +169,12 @@ class _Recorder(TorchFunctionMode):
 
     def _bind(self, tensor: Tensor, node: torch.fx.Node) -> None:
         self._nodes[tensor] = node
+        node.meta["shape"] = tuple(tensor.shape)
         if tensor not in self._written:
             self._written[tensor] = _version(tensor)
 
     def _follow_write(self, tensor: Tensor, node: torch.fx.Node) -> None:
-        """If a call wrote into a tensor, let all that lie in the same memory be the call's."""
+        """If a call wrote into a tensor, all that lies in the same memory is another one now."""
         version = _version(tensor)
         if version == self._written.get(tensor, version):
             return
@@ -180,9 +183,9 @@ class _Recorder(TorchFunctionMode):
             shared = [each for each in list(self._nodes) if _memory(each) == memory]
         for each in shared:
             self._written[each] = _version(each)
-            if each is not tensor:
-                self._nodes[each] = node
-        self._nodes[tensor] = node
+            if self._nodes[each] is not node:
+                before = self._nodes[each]
+                self._bind(each, self.graph.call_function(_written_over, (before, node)))
 
     def _noted(self, value: Any) -> Any:
         """Arguments as a node holds them."""
@@ -215,6 +218,10 @@ class _Recorder(TorchFunctionMode):
 
 def _getitem(value: Any, key: Any) -> Any:
     return value[key]
+
+
+def _written_over(before: Any, by: Any) -> Any:
+    return before
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

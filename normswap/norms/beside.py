@@ -11,12 +11,14 @@ from torch import Tensor, nn
 __all__ = [
     "Activation",
     "Beside",
+    "Centred",
     "Look",
     "Neighbour",
     "Previous",
     "Remade",
     "Replaced",
     "Rewritten",
+    "Stream",
 ]
 
 #: ``look(module, name)``: a parameter as it will be when the changes planned so far are made.
@@ -119,5 +121,38 @@ class Replaced:
     make: Callable[[], nn.Module]
 
 
+@dataclass(frozen=True)
+class Centred:
+    """A parameter without its mean over a dimension.
+
+    Norms that subtract the mean of what it makes are the same for it, so several norms may ask
+    for it, and once is enough.
+
+    Args:
+        module: whose parameter it is.
+        name: the parameter's name; ``None`` in its place is left.
+        dim: the dimension that the channels are.
+    """
+
+    module: nn.Module
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream that a norm reads: all that is added up to its input.
+
+    Args:
+        writers: what makes the mean over channels 0 everywhere on it.
+        training: whether that holds in training too; else dropout stands on it.
+        problem: why it cannot be had; empty if it can.
+    """
+
+    writers: tuple[Centred, ...] = ()
+    training: bool = True
+    problem: str = "nothing is known of it"
+
+
 #: One thing that a start changes outside of the norm.
-Beside = Rewritten | Remade | Replaced
+Beside = Rewritten | Centred | Remade | Replaced

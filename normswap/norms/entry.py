@@ -42,6 +42,8 @@ class Option:
         doc: one line for the table of norms.
         expects: what a value has to be, in words; empty if the starter says so itself.
         fits: whether a value is that; ``None`` always is.
+        needs: what the start must be told of the site where it is set, as for `NormEntry`; such
+            an option says how a norm starts, and is no setting of the norm.
     """
 
     name: str
@@ -49,11 +51,16 @@ class Option:
     doc: str
     expects: str = ""
     fits: Callable[[Any], bool] = field(default=lambda value: True, repr=False)
+    needs: str = ""
 
 
-def flag(name: str, default: bool | None, doc: str) -> Option:
+def flag(name: str, default: bool | None, doc: str, *, needs: str = "") -> Option:
     """An option that is on or off."""
-    return Option(name, default, doc, "True or False", lambda value: isinstance(value, bool))
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    return Option(name, default, doc, "True or False", fits, needs)
 
 
 def number(name: str, doc: str, *, low: float, high: float) -> Option:
@@ -107,7 +114,8 @@ class NormEntry:
         inputs: extra keyword inputs that a converted model takes.
         needs: what the starter must be told of the site: ``"dim"``, how many dimensions follow
             the channels; ``"neighbours"``, the layers before and after it; ``"previous"``, the
-            norm before the layer before it; ``"activation"``, what alone reads it.
+            norm before the layer before it; ``"activation"``, what alone reads it; ``"stream"``,
+            the residual stream that it reads.
     """
 
     name: str

@@ -7,16 +7,19 @@ form is torch's: x / sqrt(mean(x²) + eps), with eps inside the root.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import CannotConvert
 from normswap.norms.base import Norm, place
-from normswap.norms.entry import AFFINE, EPS, NormEntry
+from normswap.norms.entry import AFFINE, EPS, NormEntry, flag
+from normswap.norms.fidelity import Fidelity
 from normswap.norms.group import MAP_SOURCES
 from normswap.norms.layer import over_several
-from normswap.norms.pool import Pool, Rule, per_group
+from normswap.norms.pool import POSITION, Pool, Rule, per_group
 from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
 from normswap.norms.state import NormState
@@ -24,6 +27,13 @@ from normswap.norms.state import NormState
 __all__ = ["ENTRIES", "RMSNorm", "RMSNorm2d", "RMSNormMap", "default_eps", "read_rms_norm"]
 
 _POSITION = Pool("position", centred=False)
+
+EXACT = flag(
+    "exact",
+    None,
+    "keep the function: take the mean out of all that writes to the stream; needs example_inputs",
+    needs="stream",
+)
 
 
 class RMSNorm(Norm, nn.RMSNorm):
@@ -98,6 +108,7 @@ def start_rms_norm(
     carry: Carry = "auto",
     eps: float | None = None,
     affine: bool | None = None,
+    exact: bool | None = None,
 ) -> Start:
     """Start an RMSNorm: per position on tokens, per sample on channels-first maps."""
     size = state.num_features
@@ -116,7 +127,8 @@ def start_rms_norm(
         return place(RMSNormMap(size, eps=state.eps if eps is None else eps), state)
 
     rule = Rule.always(_POSITION if tokens else per_group(size, centred=False))
-    return begin(state, shell, rule, carry=carry, eps=eps, affine=affine)
+    start = begin(state, shell, rule, carry=carry, eps=eps, affine=affine)
+    return _on_centred(state, start, rule, new_eps) if exact and carry == "auto" else start
 
 
 def start_rms_norm_2d(
@@ -125,6 +137,7 @@ def start_rms_norm_2d(
     carry: Carry = "auto",
     eps: float | None = None,
     affine: bool | None = None,
+    exact: bool | None = None,
 ) -> Start:
     """Start an RMSNorm per position, on maps as on tokens."""
 
@@ -132,7 +145,40 @@ def start_rms_norm_2d(
         new_eps = _eps_of(state) if eps is None else eps
         return place(RMSNorm2d(state.num_features, eps=new_eps, elementwise_affine=False), state)
 
-    return begin(state, shell, Rule.always(_POSITION), carry=carry, eps=eps, affine=affine)
+    rule = Rule.always(_POSITION)
+    start = begin(state, shell, rule, carry=carry, eps=eps, affine=affine)
+    new_eps = _eps_of(state) if eps is None else eps
+    return _on_centred(state, start, rule, new_eps) if exact and carry == "auto" else start
+
+
+def _on_centred(state: NormState, start: Start, rule: Rule, eps: float | None) -> Start:
+    """The same start on a residual stream whose mean over channels is 0, where it is exact.
+
+    There the mean square is the variance. Whatever is added to the stream gets its mean
+    subtracted in the weights that make it, which is nothing to the norms that read the stream, as
+    they subtract it themselves: Jiang, Gu and Pan, "Pre-RMSNorm and Pre-CRMSNorm Transformers",
+    NeurIPS 2023, arXiv 2305.14858.
+
+    Raises:
+        CannotConvert: it is no layer normalization over the same channels, or what it reads is no
+            such stream.
+    """
+    if start.fidelity is Fidelity.EXACT:
+        return start
+    if state.rule != Rule.always(POSITION) or rule != Rule.always(_POSITION):
+        reason = "it is no layer normalization over the channels of a position"
+    elif eps != state.eps or start.fidelity is Fidelity.FRESH:
+        reason = "it is asked for another eps, or for none of its affine"
+    else:
+        reason = state.stream.problem
+    if reason:
+        raise CannotConvert(
+            f"no RMSNorm can be exact here: {reason}", "leave out exact=, or this layer by skip="
+        )
+    stream = state.stream
+    exact = Fidelity.EXACT if stream.training else Fidelity.EVAL
+    note = f"the mean is taken out of {len(stream.writers)} tensors that write to its stream"
+    return replace(start, fidelity=exact, beside=(*start.beside, *stream.writers)).noted(note)
 
 
 def read_rms_norm(module: nn.Module, *, norm: str = "rms", channel_dim: int = -1) -> NormState:
@@ -204,7 +250,7 @@ ENTRIES = (
             RMSNorm: read_rms_norm,
             RMSNormMap: read_rms_norm_map,
         },
-        options=(EPS, AFFINE),
+        options=(EPS, AFFINE, EXACT),
     ),
     NormEntry(
         name="rms2d",
@@ -216,6 +262,6 @@ ENTRIES = (
         sources=MAP_SOURCES | {"layer_norm", "rms_norm"},
         start=start_rms_norm_2d,
         reads={RMSNorm2d: partial(read_rms_norm, norm="rms2d")},
-        options=(EPS, AFFINE),
+        options=(EPS, AFFINE, EXACT),
     ),
 )

@@ -72,7 +72,8 @@ class NormSpec(Target):
     @property
     def needs(self) -> frozenset[str]:
         """What its start must be told of the site."""
-        return self.entry.needs
+        set_here = (option for option in self.entry.options if self.options.get(option.name))
+        return self.entry.needs | {option.needs for option in set_here if option.needs}
 
     def start(self, state: NormState, *, carry: Carry = "auto") -> Start:
         """Ask the norm how it starts from a source."""
@@ -82,7 +83,8 @@ class NormSpec(Target):
         """Whether a norm of this state is what is asked for, so that nothing is to be done."""
         if state.norm != self.name:
             return False
-        asked = {option.name: option.default for option in self.entry.options} | dict(self.options)
+        settings = [option for option in self.entry.options if not option.needs]
+        asked = {o.name: self.options.get(o.name, o.default) for o in settings}
         return all(
             state.settings.get(name) == value for name, value in asked.items() if value is not None
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normswap.norms.beside import Activation, Neighbour, Previous
+from normswap.norms.beside import Activation, Neighbour, Previous, Stream
 from normswap.norms.counts import PLAIN, Counts
 from normswap.norms.pool import BATCH, NOTHING, RUNNING, Rule
 from normswap.norms.precision import precise
@@ -68,6 +68,7 @@ class NormState:
         consumer: the layer that alone reads the norm, likewise.
         previous: the norm before the producer, likewise.
         activation: the activation that alone reads the norm, likewise.
+        stream: the residual stream that the norm reads, likewise.
         like: a tensor whose device and dtype new tensors take.
     """
 
@@ -97,6 +98,7 @@ class NormState:
     consumer: Neighbour = field(default_factory=Neighbour)
     previous: Previous = field(default_factory=Previous)
     activation: Activation = field(default_factory=Activation)
+    stream: Stream = field(default_factory=Stream)
     like: Tensor | None = None
 
     @property

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from normswap.errors import CannotRevert
 from normswap.graph.calls import own_class
-from normswap.norms.beside import Beside, Remade, Replaced, Rewritten
+from normswap.norms.beside import Beside, Centred, Remade, Replaced, Rewritten
+from normswap.norms.precision import precise
 from normswap.norms.remake import Mixin, parts, remade
 from normswap.swap.changes import Changes
 
@@ -36,6 +37,11 @@ class Kept(ABC):
     def stands_in(self) -> nn.Module | None:
         """The module of the model that going back replaces, or ``None``."""
         return None
+
+    @property
+    def reaches_out(self) -> bool:
+        """Whether other norms rely on it as it is now."""
+        return False
 
     @abstractmethod
     def restore(self, changes: Changes, *, latest: bool) -> None:
@@ -100,6 +106,27 @@ class KeptParameter(Kept):
             # It was out of reach of whatever moved the model since.
             self.parameter.data = self.before.to(self.module.get_parameter("weight"))
             changes.parameters.append((self.module, self.name, self.parameter))
+
+
+@dataclass(frozen=True)
+class KeptMean(KeptParameter):
+    """One parameter that had a mean, which all who read what it makes subtract.
+
+    So where it has changed since, it stays as it is: with the mean or without, nothing differs.
+    """
+
+    @property
+    def reaches_out(self) -> bool:
+        """Others than the norm that it was kept for rely on how it is now."""
+        return True
+
+    def restore(self, changes: Changes, *, latest: bool) -> None:
+        """Write its values, if it has not changed since."""
+        own = self.module._parameters[self.name]
+        if own is None or self.before is None or self.after is None:
+            return
+        if not latest or _same(own, self.after):
+            changes.writes.append((own, self.before.to(own)))
 
 
 @dataclass(frozen=True)
@@ -181,6 +208,7 @@ class Pending:
         self._changes = changes
         self._values: dict[tuple[int, str], Tensor | None] = {}
         self._new: dict[tuple[int, str], nn.Parameter] = {}
+        self._centred: set[tuple[int, str, int]] = set()
 
     def look(self, module: nn.Module, name: str) -> Any:
         """A parameter as it will be when what is pending is made."""
@@ -194,6 +222,8 @@ class Pending:
         """
         if isinstance(beside, Rewritten):
             return tuple(self._rewrite(beside))
+        if isinstance(beside, Centred):
+            return tuple(self._centre(beside))
         if isinstance(beside, Remade):
             return (self._remake(beside),)
         return (self._replace(beside),)
@@ -233,6 +263,19 @@ class Pending:
                 self._put(module, name, value)
         return kept
 
+    def _centre(self, beside: Centred) -> list[Kept]:
+        module, name, key = beside.module, beside.name, (id(beside.module), beside.name, beside.dim)
+        parameter, before = module._parameters[name], self.look(module, name)
+        if key in self._centred or before is None:
+            return []
+        self._centred.add(key)
+        with torch.no_grad():
+            exact = precise(before)
+            value = (exact - exact.mean(beside.dim, keepdim=True)).to(before.dtype)
+            kept = KeptMean(module, name, parameter, before.detach().clone(), value.clone())
+            self._put(module, name, value)
+        return [kept]
+
     def _put(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         key, own = (id(module), name), module._parameters[name]
         self._values[key] = value
@@ -267,6 +310,11 @@ def restore(model: nn.Module, kept: Iterable[Kept], changes: Changes) -> None:
             raise CannotRevert(
                 "a norm here took along the activation behind it, which lies outside of the part "
                 "that is to be reverted; revert the whole model, or a part that has both"
+            )
+        if one.reaches_out and any(id(module) not in inside for module in one.written):
+            raise CannotRevert(
+                "an exact RMSNorm here reads a residual stream that goes beyond the part that is "
+                "to be reverted; revert the whole model"
             )
         one.restore(changes, latest=one.thing not in last)
         last.add(one.thing)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from normswap.errors import NothingToConvert, OptionError, TooUnfaithful
 from normswap.graph.site import NormSite
 from normswap.norms.fidelity import Fidelity
+from normswap.norms.spec import Target
 from normswap.swap.plan import Plan
 from normswap.swap.step import Step
 
@@ -18,7 +19,7 @@ def refuse_empty(sites: Sequence[NormSite], to: object) -> None:
     """Raise `NothingToConvert` if the model has no normalization at all."""
     if not sites:
         raise NothingToConvert(
-            f"nothing to convert to {to!s}: the model has no normalization that normswap knows"
+            f"nothing to convert to {_told(to)}: the model has no normalization that normswap knows"
         )
 
 
@@ -29,13 +30,13 @@ def refuse_idle(plan: Plan, to: object) -> None:
     skipped = plan.of("skip")
     if skipped:
         raise NothingToConvert(
-            f"not one of the chosen normalizations can become {to!s}:\n" + _listed(skipped)
+            f"not one of the chosen normalizations can become {_told(to)}:\n" + _listed(skipped)
         )
     counts = Counter(step.site.kind for step in plan)
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     first = next(iter(counts))
     raise NothingToConvert(
-        f"nothing to convert to {to!s}: the model has {kinds}. Select what to convert, for "
+        f"nothing to convert to {_told(to)}: the model has {kinds}. Select what to convert, for "
         f'instance where="kind:{first}", or where="*" for everything'
     )
 
@@ -56,6 +57,13 @@ def refuse_unfaithful(plan: Plan, *, strict: bool, min_fidelity: str | Fidelity 
             f"min_fidelity={least.value!r} cannot be kept; leave these out by skip=, "
             "or accept less:\n" + _listed(worse)
         )
+
+
+def _told(to: object) -> str:
+    """What was asked for, for people."""
+    if isinstance(to, type):
+        return to.__name__
+    return str(to) if isinstance(to, (str, Target)) else "what was asked"
 
 
 def _named(name: str | Fidelity) -> Fidelity:

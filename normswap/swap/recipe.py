@@ -65,7 +65,11 @@ def _options(path: str, module: nn.Module, made: NormSpec) -> dict[str, Any]:
 
 
 def apply_recipe(
-    model: nn.Module, recipe: Mapping[str, Any], *, carry: Carry = "auto"
+    model: nn.Module,
+    recipe: Mapping[str, Any],
+    *,
+    carry: Carry = "auto",
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Convert a model as a recipe says; nothing in it is ever imported or evaluated.
 
@@ -73,6 +77,7 @@ def apply_recipe(
         model: a model with norms at the recipe's paths.
         recipe: what `normswap.recipe` wrote.
         carry: as for `normswap.plan`.
+        example_inputs: likewise, where the conversion needed some.
 
     Returns:
         The converted model, as `normswap.convert` does.
@@ -81,12 +86,16 @@ def apply_recipe(
         RecipeError: it is no recipe, names an unknown norm, or is of another model; the model is
             as it was.
     """
-    planned = recipe_plan(model, recipe, carry=carry)
+    planned = recipe_plan(model, recipe, carry=carry, example_inputs=example_inputs)
     return model if planned is None else planned.apply()
 
 
 def recipe_plan(
-    model: nn.Module, recipe: Mapping[str, Any], *, carry: Carry = "auto"
+    model: nn.Module,
+    recipe: Mapping[str, Any],
+    *,
+    carry: Carry = "auto",
+    example_inputs: Any = None,
 ) -> Plan | None:
     """The plan of what a recipe says; ``None`` for a recipe in which nothing is converted."""
     norms = _checked(recipe)
@@ -105,6 +114,7 @@ def recipe_plan(
         lambda site: next((norms[name] for name in site.names if name in norms), None),
         where=lambda site: any(name in norms for name in site.names),
         carry=carry,
+        example_inputs=example_inputs,
         strict=True,
     )
 

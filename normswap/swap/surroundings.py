@@ -16,7 +16,8 @@ from normswap.graph.following import Following
 from normswap.graph.modules import read_site
 from normswap.graph.readers import read_attributes
 from normswap.graph.site import NormSite
-from normswap.norms.beside import Activation, Neighbour, Previous
+from normswap.graph.streams import Streams
+from normswap.norms.beside import Activation, Neighbour, Previous, Stream
 from normswap.norms.functional import FunctionalNorm, owner_of
 from normswap.norms.renamed import whole
 from normswap.norms.state import NormState
@@ -79,6 +80,8 @@ class Surroundings:
             state = replace(state, producer=self._producer(site), previous=self._previous(site))
         if "activation" in needs:
             state = replace(state, activation=self._activation(site))
+        if "stream" in needs:
+            state = replace(state, stream=self._stream(site))
         return state
 
     def shares_affine(self, site: NormSite) -> bool:
@@ -168,6 +171,25 @@ class Surroundings:
         if site.module._forward_hooks:
             return Activation(problem="a hook stands between it and what reads it")
         return self._following.of(site.path)
+
+    def _stream(self, site: NormSite) -> Stream:
+        if site.origin != "module" or owner_of(site.module) is not None:
+            return Stream(problem="it is called in a forward, where no graph shows what it reads")
+        stream = self._streams.of(site.path)
+        shared = [
+            each
+            for each in stream.writers
+            if each.module._parameters[each.name] is not None
+            and self._owners[id(each.module._parameters[each.name])] > 1
+        ]
+        if stream.problem or not shared:
+            return stream
+        kind = type(shared[0].module).__name__
+        return Stream(problem=f"the {shared[0].name} of a {kind} is shared with another layer")
+
+    @cached_property
+    def _streams(self) -> Streams:
+        return Streams(self._model, self._inputs)
 
     @cached_property
     def _following(self) -> Following:
