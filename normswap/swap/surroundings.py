@@ -68,10 +68,11 @@ class Surroundings:
     def inform(self, site: NormSite, needs: Set[str]) -> NormState:
         """The site's state with what a target needs to be told of it."""
         state = replace(site.state, like=self._place, momentum=_momentum(site))
-        if "dim" in needs and state.dim is None and state.channel_dim == 1:
+        if "dim" in needs and state.dim is None:
             dim = self._dimension(site)
-            # A call in a forward is out of reach for example inputs.
-            flattens = dim is None and (site.owner or owner_of(site.module)) is not None
+            # A call in a forward is out of reach for example inputs. Tokens are flattened anyway.
+            called = (site.owner or owner_of(site.module)) is not None
+            flattens = dim is None and called and state.channel_dim == 1
             state = replace(state, dim=1 if flattens else dim, flattens=flattens)
         if "neighbours" in needs:
             before, after = self._producer(site), self._consumer(site)
@@ -114,7 +115,7 @@ class Surroundings:
             return known
         if site.input_shape is not None:
             return max(len(site.input_shape) - 2, 1)
-        before = site.around.producers if site.around else ()
+        before = site.around.producers if site.around and site.channel_dim == 1 else ()
         layers = [self._model.get_submodule(path) for path in before]
         sizes = {len(layer.kernel_size) for layer in layers if isinstance(layer, _ConvNd)}
         return sizes.pop() if len(sizes) == 1 else None
