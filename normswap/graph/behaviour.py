@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.candidates import is_candidate, required_arguments
+from normswap.graph.candidates import arguments, is_candidate
 from normswap.graph.standardizing import Layout, layouts, pools, spread, standardized
 from normswap.norms.counts import PLAIN, Counts
 from normswap.norms.pool import RUNNING, Pool, Rule
@@ -94,9 +94,9 @@ def behaviour_of(module: nn.Module) -> Behaviour | Unexplained | None:
     """
     if not is_candidate(module):
         return None
-    arguments = required_arguments(type(module))
-    if len(arguments) != 1:
-        told = ", ".join(arguments) or "nothing"
+    names = arguments(type(module))
+    if len(names) != 1:
+        told = ", ".join(names) or "nothing"
         return Unexplained(f"its forward takes {told}, where a norm takes one tensor")
     return explained(module)
 

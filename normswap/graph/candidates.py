@@ -14,10 +14,10 @@ from normswap.norms.registry import reader
 
 __all__ = [
     "STATISTICS",
+    "arguments",
     "is_candidate",
     "reached_code",
     "reached_names",
-    "required_arguments",
     "takes_statistics",
 ]
 
@@ -46,12 +46,10 @@ def is_candidate(module: nn.Module) -> bool:
     return len(parameters) <= _MOST_PARAMETERS and len(sizes) <= 1
 
 
-def required_arguments(cls: type[nn.Module]) -> list[str]:
-    """The names of what a class's forward has to be given."""
-    empty = inspect.Parameter.empty
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+def arguments(cls: type[nn.Module]) -> list[str]:
+    """The names of what a class's forward can be given: a caller may give all of it."""
     _, *parameters = inspect.signature(cls.forward).parameters.values()
-    return [each.name for each in parameters if each.default is empty and each.kind in plain]
+    return [each.name for each in parameters]
 
 
 @cache

@@ -146,10 +146,27 @@ class Gated(Made):
         return self.affine(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)) * gate
 
 
-def test_a_norm_of_several_arguments_is_listed_with_the_reason() -> None:
-    found = normswap.find(nn.ModuleDict({"norm": Gated()}))
-    assert len(found) == 0
+class MaybeGated(Made):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        y = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+        return y if gate is None else y * gate
+
+
+@pytest.mark.parametrize("cls", [Gated, MaybeGated])
+def test_a_norm_of_several_arguments_is_listed_with_the_reason(cls: type[Made]) -> None:
+    found = normswap.find(nn.ModuleDict({"norm": cls()}))
+    assert [site for site in found if site.origin == "module"] == []
     assert "x, gate" in found.unrecognised["norm"]
+
+
+def test_what_a_norm_of_several_arguments_writes_out_is_a_site_of_its_own() -> None:
+    model: Any = nn.ModuleDict({"norm": MaybeGated()}).double()
+    x = numbers(-1)
+    expected = model["norm"](x, x.sigmoid())
+    (site,) = normswap.find(model)
+    assert (site.origin, site.path) == ("handwritten", "norm")
+    normswap.convert(model, "rms2d", where="*")
+    torch.testing.assert_close(model["norm"](x, x.sigmoid()), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_trying_out_touches_neither_the_module_nor_the_random_state() -> None:
