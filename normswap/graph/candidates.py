@@ -91,6 +91,8 @@ def _reached(function: Any, cls: type, seen: set[types.CodeType]) -> Iterator[ty
     for name in code.co_names:
         called = getattr(cls, name, None) if hasattr(cls, name) else scope.get(name)
         inner = getattr(called, "__code__", None)
-        own = inner is not None and not getattr(called, "__module__", "").startswith("torch.")
+        own = inner is not None and not (getattr(called, "__module__", None) or "").startswith(
+            "torch."
+        )
         if own and not hasattr(nn.Module, name):
             yield from _reached(called, cls, seen)

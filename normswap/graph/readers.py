@@ -29,7 +29,7 @@ def read_attributes(owner: nn.Module, name: str) -> frozenset[str]:
         name: what it calls the child.
     """
     cls: Any = type(owner)
-    if cls.forward.__module__.startswith("torch."):  # these are kept in step otherwise
+    if (cls.forward.__module__ or "").startswith("torch."):  # these are kept in step otherwise
         return frozenset()
     return frozenset(read for child, read in _reads(cls) if child == name)
 

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.reference.forkserver import forkserver
+
 #: A rank that waits longer than this for another has been left alone, and fails.
 PATIENCE = timedelta(seconds=60)
 
@@ -27,7 +29,8 @@ def on_ranks(world: int, work: Callable[[int], Any], folder: Path) -> list[Any]:
     Raises:
         ProcessRaisedException: a process raised; the others are ended.
     """
-    mp.spawn(_enter, args=(world, work, folder), nprocs=world)
+    method = forkserver().get_start_method()
+    mp.start_processes(_enter, args=(world, work, folder), nprocs=world, start_method=method)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
