@@ -51,7 +51,7 @@ def start() -> Start:
     images, labels = digits.train.tensors
     rows = torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         # The last maps have 2 × 2 positions: what pools over positions alone needs some.
         fresh = timm.create_model(
             "resnet18", in_chans=1, num_classes=10, output_stride=16, zero_init_last=False

@@ -125,9 +125,10 @@ def lookup(name: str) -> NormEntry:
     Raises:
         UnknownNorm: no norm has the name; near ones are suggested.
     """
-    names = {alias: entry for entry in _ENTRIES.values() for alias in (entry.name, *entry.aliases)}
-    found = names.get(name.lower()) if isinstance(name, str) else None
+    key = name.lower() if isinstance(name, str) else ""
+    found = _ENTRIES.get(key) or next((e for e in _ENTRIES.values() if key in e.aliases), None)
     if found is None:
+        names = [each for entry in _ENTRIES.values() for each in (entry.name, *entry.aliases)]
         raise UnknownNorm(
             f"no norm is called {name!r}.{did_you_mean(str(name).lower(), names)} "
             f"Known: {', '.join(_ENTRIES)}."

@@ -63,7 +63,7 @@ def trained(run: Callable[[Tensor], Tensor], norm: nn.Module, seed: int) -> list
     """Output, gradients and buffers of a step."""
     x, direction = values(*SHAPE, seed=seed).requires_grad_(), values(*SHAPE, seed=seed + 10)
     norm.zero_grad()
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     y = run(x)
     y.backward(direction)
     learned = [p.grad for p in norm.parameters() if p.grad is not None]

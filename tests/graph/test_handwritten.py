@@ -18,7 +18,7 @@ SEEDS = range(200)
 
 
 def trained(given: Written, seed: int) -> Any:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return given.make().double().eval()
 
 
@@ -113,7 +113,7 @@ class Module(nn.Module):
 
 
 def test_several_in_one_forward_by_a_function_by_a_method_and_written_out() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model, x = made(SEVERAL).double(), numbers(-1)
     before = model(x), model(x, twice=True)
     found = normswap.find(model)
@@ -133,7 +133,7 @@ def test_several_in_one_forward_by_a_function_by_a_method_and_written_out() -> N
 
 
 def test_one_of_several_goes_back_by_itself() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model, x = made(SEVERAL).double(), numbers(-1)
     names = [site.aliases[-1] for site in normswap.find(model)]
     with warnings.catch_warnings():
@@ -146,7 +146,7 @@ def test_one_of_several_goes_back_by_itself() -> None:
 
 
 def test_gradients_reach_the_owners_parameters_in_their_shape() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model, x = made(SEVERAL).double(), numbers(-1)
     model(x).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -160,7 +160,7 @@ def test_gradients_reach_the_owners_parameters_in_their_shape() -> None:
 
 
 def test_weights_that_follow_a_move_are_used() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model, x = made(SEVERAL), numbers(-1).float()
     normswap.convert(model, "rms2d", where="kind:rms_norm")
     moved = copy.deepcopy(model).to("meta").to_empty(device="cpu")
@@ -170,7 +170,7 @@ def test_weights_that_follow_a_move_are_used() -> None:
 
 def test_a_weight_that_is_read_elsewhere_too_is_not_rewritten() -> None:
     source = SEVERAL.replace("return kept + y", "return kept + y + self.second")
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = made(source).double()
     second = model.second.detach().clone()
     with warnings.catch_warnings():
@@ -186,7 +186,7 @@ def test_a_forward_whose_source_cannot_be_read_is_searched_no_further() -> None:
 
 
 def test_a_model_of_blocks_tells_each_blocks_norms() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = nn.Sequential(made(SEVERAL), nn.ReLU(), made(SEVERAL))
     paths = [site.path for site in normswap.find(model)]
     assert paths == ["0"] * 3 + ["2"] * 3

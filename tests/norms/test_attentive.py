@@ -40,9 +40,9 @@ def test_a_whole_network_evaluates_as_before(options: dict[str, Any]) -> None:
 def test_a_conversion_is_the_same_at_every_run_and_draws_nothing() -> None:
     state = torch.get_rng_state()
     one, other = (normswap.convert(network(), "an_wang") for _ in range(2))
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     normswap.build("an_wang", CHANNELS)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     before = torch.get_rng_state()
     normswap.build("an_wang", CHANNELS)
     assert torch.equal(torch.get_rng_state(), before)

@@ -36,7 +36,7 @@ def seeded(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A norm or its formula, with the same draws in training whenever it is called."""
 
     def called(*args: Any) -> Tensor:
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         return call(*args)
 
     return called
@@ -109,7 +109,7 @@ def test_numerical_gradients(case: Beyond, training: bool) -> None:
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
         given = dict(zip(names, parameters, strict=True))
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         return torch.func.functional_call(norm, given | kept, (x,))
 
     inputs = [values(2, CHANNELS, 2, 3), *(p.detach().clone() for p in norm.parameters())]

@@ -59,9 +59,9 @@ def test_outputs_and_gradients_are_the_formulas(
     parameters, buffers = parameters_of(norm), buffers_of(norm)
     x, other = values(*shape).requires_grad_(), values(*shape).requires_grad_()
     given, theirs = prepared(case.inputs(shape)), prepared(case.inputs(shape))
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     y = norm(x, **given)
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     expected = case.formula(other, parameters, buffers, training, **theirs)
     close(y, expected)
     found = gradients(y, {"x": x, **dict(norm.named_parameters()), **tensors_of(given)})
@@ -79,9 +79,9 @@ def test_three_train_steps_leave_what_the_formula_keeps(
     parameters, buffers = parameters_of(norm), buffers_of(norm)
     for step in range(3):
         x = values(*shape, seed=20 + step)
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         norm(x, **case.inputs(shape))
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         case.formula(x, parameters, buffers, True, **case.inputs(shape))
     for name, buffer in norm.named_buffers():
         close(buffer, buffers[name])
@@ -106,7 +106,7 @@ def test_numerical_gradients(case: Conditioned, training: bool) -> None:
         parameters = dict(zip(names, tensors, strict=False))
         inputs = given | dict(zip(told, tensors[len(names) :], strict=True))
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         return torch.func.functional_call(norm, parameters | kept, (x,), inputs)
 
     parts = [p.detach().clone() for p in norm.parameters()]
@@ -121,9 +121,9 @@ def test_half_precision_gives_half_precision(case: Conditioned, training: bool) 
     norm, shape = case.build().float().train(training), SHAPES[1]
     given = {n: v.float() if _is_float(v) else v for n, v in case.inputs(shape).items()}
     other = copy.deepcopy(norm)
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     expected = other(values(*shape).bfloat16().float(), **given)
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     y = norm(values(*shape).bfloat16(), **given)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected.bfloat16(), rtol=0.01, atol=0.01)
@@ -133,21 +133,21 @@ def test_half_precision_gives_half_precision(case: Conditioned, training: bool) 
 def test_it_compiles_to_one_graph(case: Conditioned) -> None:
     torch._dynamo.reset()  # or the many cases of one forward exceed what it keeps
     norm, shape = case.build(), SHAPES[1]
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     expected = copy.deepcopy(norm)(values(*shape), **case.inputs(shape))
     compiled = torch.compile(norm, fullgraph=True, backend="eager")
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     close(compiled(values(*shape), **case.inputs(shape)), expected)
 
 
 @each_case
 def test_copies_and_pickles_are_the_same_norm(case: Conditioned) -> None:
     norm, shape = case.build().eval(), SHAPES[1]
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     y = norm(values(*shape), **case.inputs(shape))
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
         assert type(other) is type(norm)
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         assert torch.equal(other(values(*shape), **case.inputs(shape)), y)
 
 
@@ -165,7 +165,7 @@ def test_what_has_learned_to_follow_is_no_source(case: Conditioned) -> None:
 
 def trained() -> nn.Module:
     """A small net whose norms have seen some data, and differ from their defaults."""
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     net = nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU(),
         nn.Conv2d(CHANNELS, CHANNELS, 3), nn.BatchNorm2d(CHANNELS),

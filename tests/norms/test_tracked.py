@@ -81,7 +81,7 @@ def test_a_large_mean_spoils_nothing(norm: str) -> None:
 
 def network(**options: Any) -> nn.Module:
     """A small net whose running statistics are those of some training."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3),
         nn.BatchNorm2d(CHANNELS, **options),

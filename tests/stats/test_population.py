@@ -201,7 +201,7 @@ def test_nothing_else_is_changed_and_the_users_batches_are_whole() -> None:
 def test_models_of_timm(name: str) -> None:
     timm = pytest.importorskip("timm")
     size = 96 if name == "inception_v3" else 64
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = timm.create_model(name, num_classes=3).double().eval()
     data = torch.randn(6, 3, size, size, dtype=torch.float64)
     wanted = inputs_of_norms(model, data)

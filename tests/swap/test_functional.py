@@ -53,7 +53,7 @@ def mixed() -> Any:
 
 
 def run(model: Any, *, train: bool = False, fancy: bool = True, **arguments: Any) -> Tensor:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model.fancy = fancy
     return model.train(train)(image(), **arguments)
 

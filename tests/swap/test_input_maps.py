@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 def made(to: str = "spade", *, checkpointed: bool = False, **options: Any) -> Any:
     options = {"num_labels": LABELS, "hidden_dim": 4} if to == "spade" else options
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return filled(normswap.convert(Net(checkpointed=checkpointed), to=to, **options))
 
 

@@ -86,7 +86,7 @@ def model_of(norm: str, row: dict[str, Any]) -> Any:
 
 def run(model: nn.Module, row: dict[str, Any], *, train: bool) -> Tensor:
     x = numbers(4, 3, *(5, 4, 3)[: row["dim"]]).to(row["dtype"])
-    torch.manual_seed(0)  # some draw in training
+    torch.default_generator.manual_seed(0)  # some draw in training
     with torch.no_grad(), normswap.preserve_stats(model):
         return model.train(train)(x).double()
 

@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def made(**settings: Any) -> Any:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     net: Any = Net(**settings).double()
     for norm in (net.norm1, net.norm2):
         norm.weight.data.copy_(values(CHANNELS, seed=1))

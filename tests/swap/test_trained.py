@@ -57,7 +57,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def trained(digits: tuple[Tensor, Tensor]) -> nn.Sequential:
     images, labels = digits
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         net = network()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         for _ in range(3):

@@ -23,7 +23,7 @@ CUT = (4, 2)
 def resnet(**options: Any) -> Any:
     """In double precision, converted to two domains."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = timm.create_model("resnet10t", num_classes=5).double()
     return normswap.convert(model, "dsbn", num_domains=2, **options)
 

@@ -31,7 +31,7 @@ NORMS = ("frn", "evonorm_b0", "evonorm_s0", "kalman", "cosine", "ws_gn", "cbn")
 
 def model_of(name: str) -> Any:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return MODELS[name]().eval()
 
 

@@ -37,7 +37,7 @@ BATCH_MODELS = [
 
 
 def model_of(name: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return timm.create_model(name, num_classes=5, **settings)
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::normswap.errors.NormSwapWarning
 
 def trained(name: str, **arguments: Any) -> Any:
     """A model whose norms have statistics and affines that are all different."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = timm.create_model(name, pretrained=False, **arguments).eval()
     with torch.no_grad():
         for norm in model.modules():

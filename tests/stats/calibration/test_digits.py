@@ -55,7 +55,7 @@ def trained() -> Trained:
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)[order] / 16
     labels = torch.tensor(digits)[order]
     with torch.random.fork_rng():
-        torch.manual_seed(2)
+        torch.default_generator.manual_seed(2)
         model = five_layers()
         optimizer = torch.optim.Adam(model.parameters())
         parts = -(-TRAINING // 64)

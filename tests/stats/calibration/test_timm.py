@@ -28,7 +28,7 @@ def input_of(model: nn.Module, path: str, data: Tensor) -> Tensor:
 def test_every_converted_norm_of_a_timm_model() -> None:
     timm = pytest.importorskip("timm", minversion="1.0")
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         original = timm.create_model("test_efficientnet", num_classes=3).double()
     data = list(values(8, 3, 32, 32).split(2))
     settled(original, torch.cat(data))
