@@ -36,6 +36,7 @@ _OVER = {
     "position": "the channels of a position",
     "group": "a group of channels of a sample",
     "batch": "the batch",
+    "running": "all data, as kept",
 }
 
 #: What a rebuilt output may differ by, relative to the largest: the rounding of single precision,
@@ -111,14 +112,16 @@ def explained(module: nn.Module) -> Behaviour | Unexplained:
 
 
 def _explained(module: nn.Module) -> Behaviour | Unexplained:
-    subject = _Subject(module)
+    subject = _Subject(module, torch.float64)
     size = subject.channels
     if not size:
         return Unexplained("it has no weight that tells its number of channels")
+    taken = [layout for layout in layouts(size) if subject.takes(layout)]
+    if not taken:  # it casts its input to single precision, and not its weights
+        subject = _Subject(module, torch.float32)
+        taken = [layout for layout in layouts(size) if subject.takes(layout)]
     nearest = "no standardization has its outputs"
-    for layout in layouts(size):
-        if not subject.takes(layout):
-            continue
+    for layout in taken:
         for found in _guesses(subject, layout):
             problem = _misfit(subject, found)
             if not problem:
@@ -128,9 +131,15 @@ def _explained(module: nn.Module) -> Behaviour | Unexplained:
 
 
 class _Subject:
-    """A copy of a module that can be run on anything, with numbers of its own as tensors."""
+    """A copy of a module that can be run on anything, with numbers of its own as tensors.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: the module.
+        dtype: what it is run in; what it is asked and what it answers is in double precision.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._draw = torch.Generator().manual_seed(0)
         memo = {
             id(tensor): self._drawn(tensor) for tensor in (*module.parameters(), *module.buffers())
@@ -155,8 +164,9 @@ class _Subject:
         return 0
 
     def inputs(self, shape: tuple[int, ...]) -> Tensor:
-        """Fresh numbers."""
-        return torch.randn(shape, generator=self._draw, dtype=torch.float64)
+        """Fresh numbers, which its precision has."""
+        drawn = torch.randn(shape, generator=self._draw, dtype=torch.float64)
+        return drawn.to(self._dtype).double()
 
     def run(self, x: Tensor, *, training: bool = False) -> Tensor:
         """What it makes of an input; what it keeps of it is forgotten again."""
@@ -165,7 +175,7 @@ class _Subject:
         self.module.train(training)
         try:
             # Not called as a module: a tracer, if one is at work, would take that for the model's.
-            y: object = self.module.forward(x.clone())
+            y: object = self.module.forward(x.to(self._dtype, copy=True))
         finally:
             self.module._buffers.update(kept)
             self.buffers = self._of_channels(self.module._buffers)
@@ -184,13 +194,14 @@ class _Subject:
         """Numbers in a tensor's place: from 0.5 to 1.5, so that they are no variances below 0."""
         if tensor.is_floating_point():
             drawn = torch.rand(tensor.shape, generator=self._draw, dtype=torch.float64) + 0.5
+            drawn = drawn.to(self._dtype)
         else:
             drawn = torch.zeros(tensor.shape, dtype=tensor.dtype)
         return nn.Parameter(drawn) if isinstance(tensor, nn.Parameter) else drawn
 
     def _of_channels(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         return {
-            name: tensor.detach().flatten()
+            name: tensor.detach().double().flatten()
             for name, tensor in held.items()
             if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1
         }
@@ -211,6 +222,7 @@ def _guesses(subject: _Subject, layout: Layout) -> Iterator[Behaviour]:
     offset = layout.of_channels(even)
     if not _alike(even, layout.beside(offset), float(odd.abs().max())):
         return
+    yield from _frozen(subject, layout, layout.of_channels(odd * x) / layout.of_channels(x * x))
     for pool in pools(subject.channels, layout):
         shape = standardized(x, layout, pool, 0.0)
         gain = layout.of_channels(odd * shape) / layout.of_channels(shape * shape)
@@ -221,6 +233,22 @@ def _guesses(subject: _Subject, layout: Layout) -> Iterator[Behaviour]:
             for running in _running(subject) if pool.meets else [{}]:
                 rule = Rule(pool, RUNNING if running else pool)
                 yield Behaviour(rule, layout, gain.numel(), eps, {**names, **running}, counts)
+
+
+def _frozen(subject: _Subject, layout: Layout, slope: Tensor) -> Iterator[Behaviour]:
+    """What is explained by running statistics alone, in training too."""
+    slope = slope / LARGE
+    at_zero = layout.of_channels(subject.run(slope.new_zeros(layout.shape), training=True))
+    held = {**subject.parameters, **subject.buffers}
+    for names in itertools.permutations(held, 4):
+        weight, bias, mean, var = (held[name] for name in names)
+        eps = (weight / slope).square() - var
+        constant = _alike(eps, eps.mean(), float(var.abs().max()))
+        if constant and _alike(at_zero, bias - mean * slope):
+            found = _told(subject, float(eps.mean()))
+            terms = ("weight", "bias", "running_mean", "running_var")
+            named = dict(zip(terms, names, strict=True))
+            yield Behaviour(Rule.always(RUNNING), layout, slope.numel(), found, named)
 
 
 def _affine(
@@ -256,7 +284,16 @@ def _eps(subject: _Subject, layout: Layout, pool: Pool, gain: Tensor, offset: Te
     y = subject.run(x, training=True) - layout.beside(offset)
     centred, variance = spread(x, layout, pool)
     root = layout.beside(gain) * centred / y
-    found = float((root.square() - variance).flatten().median())
+    return _told(subject, float((root.square() - variance).flatten().median()))
+
+
+def _told(subject: _Subject, found: float) -> float:
+    """The eps that a module says it has, or that norms usually have, if it is near what was found.
+
+    Args:
+        subject: the module.
+        found: what was found.
+    """
     told = [value for value in vars(subject.module).values() if isinstance(value, float)]
     likely = (*told, *(10.0**-power for power in range(3, 13)))
     near = [each for each in likely if math.isclose(each, found, rel_tol=1e-3)]
@@ -286,7 +323,8 @@ def _rebuilt(
     gain, offset = found.counts.applied(
         tensors.get("weight", one), tensors.get("bias", torch.zeros_like(one))
     )
-    if training or "running_mean" not in tensors:
+    pools = found.rule.train if training else found.rule.eval
+    if pools.over != "running":
         shape = standardized(x, layout, found.rule.train, found.eps)
     else:
         root = (tensors["running_var"] + found.eps).sqrt()

@@ -86,8 +86,8 @@ def read_by_behaviour(module: nn.Module, found: Behaviour) -> NormState:
 def _family(pool: Pool, size: int, channel_dim: int) -> tuple[str, str]:
     """Name and family of the norm that pools so."""
     first = channel_dim == 1
-    if pool.over == "batch":
-        return "bn", "batch_norm"
+    if pool.over in ("batch", "running"):
+        return ("bn" if pool.over == "batch" else "frozen_bn"), "batch_norm"
     if pool.over == "position":
         if pool.centred:
             return ("ln2d" if first else "ln"), "layer_norm"

@@ -120,6 +120,28 @@ class Batches(Made):
         return self.affine(x)
 
 
+class HalfCast(nn.LayerNorm):
+    """Casts its input to single precision, and relies on weights that are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.normalized_shape
+        return F.layer_norm(x.float(), size, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class Frozen(nn.Module):
+    """Buffers alone, as DETR has them; eps is a number in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("scale", 1), ("shift", 0), ("centre", 0), ("spread", 1)):
+            self.register_buffer(name, torch.full((12,), float(value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        slope = self.scale * (self.spread + 1e-5).rsqrt()
+        offset = self.shift - self.centre * slope
+        return x * slope[:, None, None] + offset[:, None, None]
+
+
 class Formatted(nn.LayerNorm):
     """As of ConvNeXt: torch's, with the channels here or there."""
 
@@ -152,6 +174,7 @@ NORMS: dict[str, tuple[Any, str, int]] = {
     "groups": (lambda: Groups(offset="beta", shape=MAP), "gn", 1),
     "instances": (lambda: Instances(offset="bias", shape=MAP), "in", 1),
     "batches": (lambda: Batches(offset="bias", shape=MAP), "bn", 1),
+    "frozen": (Frozen, "frozen_bn", 1),
     "torch's, channels last": (Formatted, "ln", -1),
     "torch's, channels first": (lambda: Formatted(first=True), "ln2d", 1),
 }

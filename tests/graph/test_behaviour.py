@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.graph.behaviour import Behaviour, behaviour_of
-from tests.graph.handmade import NEAR_MISSES, NORMS, Formatted, LastRMS, Made, Odd, OnePlusRMS
+from tests.graph.handmade import (
+    NEAR_MISSES,
+    NORMS,
+    Formatted,
+    Frozen,
+    HalfCast,
+    LastRMS,
+    Made,
+    Odd,
+    OnePlusRMS,
+)
 
 SIZE = 12
 
@@ -139,6 +149,27 @@ def test_a_gain_of_one_plus_the_weight_is_carried() -> None:
     centred = x - x.mean(-1, keepdim=True)
     expected = gain * centred / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frozen_norm_of_somebodys_own_is_one(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(SIZE, SIZE, 1).double(), trained(Frozen())).train(training)
+    x = numbers(1)
+    expected = model(x)
+    assert normswap.plan(model, "frozen_bn")[0].action == "already"
+    normswap.convert(model, "bn").eval()
+    assert isinstance(model[1], nn.BatchNorm2d)
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_norm_of_single_precision_only_is_recognised() -> None:
+    model = nn.Sequential(trained(HalfCast(SIZE)).float())
+    x = numbers(-1).bfloat16()
+    expected = model(x)
+    (site,) = normswap.find(model)
+    assert (site.state.norm, site.state.eps) == ("ln", 1e-5)
+    normswap.convert(model, "ln2d", where="*")
+    torch.testing.assert_close(model(x.float()).bfloat16(), expected)
 
 
 class Gated(Made):
