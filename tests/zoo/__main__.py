@@ -70,6 +70,7 @@ def summary(library: str, results: list[dict[str, Any]], targets: list[str]) -> 
         told = [each["targets"][to] for each in found if to in each.get("targets", {})]
         rows.append((f"to {to}: models", sum("converted" in each for each in told)))
         rows.append((f"to {to}: norms", sum(each.get("converted", 0) for each in told)))
+        rows.append((f"to {to}: norms left, with a reason", sum(e.get("left", 0) for e in told)))
         rows.append((f"to {to}: models refused", sum("refused" in each for each in told)))
         times = sorted(
             each["find_s"] + each["targets"][to]["convert_s"]

@@ -34,6 +34,7 @@ def check(zoo: Zoo, name: str, targets: Sequence[str]) -> dict[str, Any]:
     walked = norms_by_name(model)
     found = {site.path for site in sites if site.origin == "module"}
     result |= {
+        "parameters": sum(p.numel() for p in model.parameters()),
         "norms": len(sites),
         "kinds": sites.counts(),
         "unrecognised": sorted(set(sites.unrecognised.values())),
@@ -53,7 +54,7 @@ def check(zoo: Zoo, name: str, targets: Sequence[str]) -> dict[str, Any]:
         inputs = None
     for to in targets:
         result["targets"][to] = _through(model, to, inputs, say)
-    if sum(p.numel() for p in model.parameters()) <= SMALL:
+    if result["parameters"] <= SMALL:
         real = zoo.build(name)
         for to in targets:
             result["targets"][to] |= _on_numbers(real, to, zoo.inputs(name, real, "cpu", 2), say)
@@ -74,6 +75,7 @@ def _through(model: Any, to: str, inputs: Any, say: Any) -> dict[str, Any]:
         return {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     told["convert_s"] = time.perf_counter() - started
     told["converted"] = len(planned.of("convert"))
+    told["left"] = len(planned.of("skip"))
     told["skipped"] = sorted({step.reason for step in planned.of("skip")})[:5]
     if inputs is not None:
         try:
