@@ -6,6 +6,7 @@ import ast
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -73,6 +74,24 @@ def _found(module: nn.Module, region: Region, forward: Forward) -> Behaviour | U
 def _alone(module: nn.Module, region: Region, forward: Forward) -> nn.Module | None:
     """A module that computes the region alone; ``None`` if that takes more than tensors."""
     cls: Any = own_class(module)
+    made, names = _class_of(cls, region, forward)
+    alone: nn.Module = object.__new__(made)
+    nn.Module.__init__(alone)
+    for name in names:
+        if name in module._modules:
+            return None
+        for held in ("_parameters", "_buffers"):
+            if name in getattr(module, held):
+                getattr(alone, held)[name] = getattr(module, held)[name]
+        if name in vars(module) and name not in vars(alone):
+            vars(alone)[name] = vars(module)[name]
+    per_channel = (*alone.parameters(), *alone.buffers())
+    return alone if any(tensor.numel() > 1 for tensor in per_channel) else None
+
+
+@cache
+def _class_of(cls: Any, region: Region, forward: Forward) -> tuple[Any, frozenset[str]]:
+    """A class whose forward is the region alone, and the names of what it reads of the module."""
     definition = copy.deepcopy(forward.tree)
     definition.args = ast.arguments(
         posonlyargs=[],
@@ -84,19 +103,9 @@ def _alone(module: nn.Module, region: Region, forward: Forward) -> nn.Module | N
     definition.body = [*copy.deepcopy(region.statements), ast.Return(copy.deepcopy(region.value))]
     function = recompiled(forward.function, definition, {})
     function.__defaults__ = function.__kwdefaults__ = None
-    alone: nn.Module = object.__new__(type(cls.__name__, (cls,), {"forward": function}))
-    nn.Module.__init__(alone)
-    names = {attribute.partition(".")[0] for attribute in region.attributes}
-    for name in names | reached_names(cls, region.attributes):
-        if name in module._modules:
-            return None
-        for held in ("_parameters", "_buffers"):
-            if name in getattr(module, held):
-                getattr(alone, held)[name] = getattr(module, held)[name]
-        if name in vars(module) and name not in vars(alone):
-            vars(alone)[name] = vars(module)[name]
-    per_channel = (*alone.parameters(), *alone.buffers())
-    return alone if any(tensor.numel() > 1 for tensor in per_channel) else None
+    read = {attribute.partition(".")[0] for attribute in region.attributes}
+    names = frozenset(read | reached_names(cls, region.attributes))
+    return type(cls.__name__, (cls,), {"forward": function}), names
 
 
 def _stub(module: nn.Module, region: Region, forward: Forward, found: Behaviour) -> FunctionalNorm:

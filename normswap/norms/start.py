@@ -275,6 +275,8 @@ def _match(state: NormState, pool: Pool, eps: float, counts: Counts) -> dict[str
     """
     if state.running_mean is None or state.running_var is None:
         raise CannotConvert("it keeps no running statistics", 'use carry="copy"')
+    if state.running_mean.is_meta:  # without values there is nothing to match, only to shape
+        return {name: torch.empty_like(state.reference()) for name in AFFINE_TENSORS}
     mean, var = precise(state.running_mean), precise(state.running_var)
     gain, offset = state.gain_and_offset()
     expected_mean, expected_var = pool.expected(mean, var)
