@@ -7,7 +7,7 @@ the class reads ``weight`` of what it calls ``norm``.
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -35,21 +35,23 @@ def read_attributes(owner: nn.Module, name: str) -> frozenset[str]:
 
 
 @cache
-def methods_that_read(cls: Any, names: frozenset[str]) -> tuple[str, ...]:
+def methods_that_read(cls: Any, names: frozenset[str]) -> Mapping[str, frozenset[str]]:
     """The methods of a class that read attributes of some names, and are no part of its forward.
 
     Args:
         cls: the class, of which what torch has in every module counts for nothing.
         names: all these names have to be read.
+
+    Returns:
+        By name of the method, all names that it, and what it calls of its class and file, reads.
     """
     forward = set(reached_code(cls, ["forward", "__init__"]))
-    return tuple(
-        name
-        for name in dir(cls)
-        if not name.startswith("__") and not hasattr(nn.Module, name)
-        if (code := set(reached_code(cls, [name])) - forward)
-        if names <= {read for each in code for read in each.co_names}
-    )
+    found = {}
+    for name in dir(cls):
+        if not name.startswith("__") and not hasattr(nn.Module, name):
+            code = set(reached_code(cls, [name])) - forward
+            found[name] = frozenset(read for each in code for read in each.co_names)
+    return {name: read for name, read in found.items() if names <= read}
 
 
 @cache

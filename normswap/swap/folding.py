@@ -1,9 +1,9 @@
 """Methods of a model that fold its BatchNorms into convolutions: refused where those are others.
 
 Re-parameterisation reads weight, bias, running statistics and eps of a BatchNorm that stands beside
-a convolution. Of another norm in its place that would be an AttributeError somewhere inside, or the
-fold of a norm that evaluates otherwise. So a module with such methods has a refusal in their places
-for as long as there are norms inside which are no BatchNorm in eval mode.
+a convolution. Of another norm in its place that would be an AttributeError or a failed assertion
+somewhere inside, or the fold of a norm that evaluates otherwise. So a module with such methods has
+a refusal in their places for as long as there are norms inside that they cannot take.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class _Refused:
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedModel(
-            f"{self.method} folds BatchNorms, and {self.norm} is none any more; call it before "
-            "converting, or convert back by normswap.revert first"
+            f"{self.method} folds BatchNorms, and {self.norm} is none that it takes; call it "
+            "before converting, or convert back by normswap.revert first"
         )
 
 
@@ -61,24 +61,42 @@ def keep_from_folding(model: nn.Module, changes: Changes) -> None:
             continue
         cls: Any = type(module)
         methods = methods_that_read(cls, _FOLDED)
-        others = list(_no_batch_norms(module, replacement)) if methods else []
-        for name in methods:
+        swapped = list(_swapped(module, replacement)) if methods else []
+        for name, read in methods.items():
+            others = [at for at, norm in swapped if not _folds(norm, at, read)]
             there = vars(module).get(name, ABSENT)
             if others and there is ABSENT:
-                where = f"{path or 'the model'} ({type(module).__name__}).{name}"
-                norm = f"{path}.{others[0]}".lstrip(".")
-                changes.attributes.append((module, name, _Refused(where, norm)))
+                where = f"{path or 'the model'} ({cls.__name__}).{name}"
+                norm = dict(swapped)[others[0]]
+                at = f"{path}.{others[0]}".lstrip(".")
+                refused = _Refused(where, f"{at} ({type(norm).__name__})")
+                changes.attributes.append((module, name, refused))
             elif not others and isinstance(there, _Refused):
                 changes.attributes.append((module, name, ABSENT))
 
 
-def _no_batch_norms(module: nn.Module, replacement: dict[int, nn.Module]) -> Iterator[str]:
-    """Path and class of swapped norms inside that are no BatchNorms in eval mode."""
+def _swapped(
+    module: nn.Module, replacement: dict[int, nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The norms inside, by path, that a conversion put in place."""
     for path, part in module.named_modules():
         norm = replacement.get(id(part), part)
-        if record_of(norm) is None:
-            continue
-        state = read_site(norm, path).state if reader(type(norm)) is not None else None
-        folds = state is not None and (state.rule.eval, state.counts) == (RUNNING, PLAIN)
-        if state is None or not folds or state.retold or state.obstacle:
-            yield f"{path} ({type(norm).__name__})"
+        if record_of(norm) is not None:
+            yield path, norm
+
+
+def _folds(norm: nn.Module, path: str, read: frozenset[str]) -> bool:
+    """Whether a method folds a norm rightly, given the names of all that it reads.
+
+    It has to be a BatchNorm in eval mode, with all that is read of the norm that was there first,
+    and of the classes that it is asked for.
+    """
+    record = record_of(norm)
+    if record is None or reader(type(norm)) is None:
+        return False
+    state, first = read_site(norm, path).state, record.original
+    if (state.rule.eval, state.counts) != (RUNNING, PLAIN) or state.retold or state.obstacle:
+        return False
+    before, now = ({cls.__name__ for cls in type(each).__mro__} for each in (first, norm))
+    missing = [name for name in read if hasattr(first, name) and not hasattr(norm, name)]
+    return not missing and not read & (before - now)

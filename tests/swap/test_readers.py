@@ -145,6 +145,25 @@ def test_folding_another_norm_is_refused_until_it_is_back(to: str) -> None:
     torch.testing.assert_close(model[1].reparameterize()(image()), expected)
 
 
+class Asking(Folding):
+    """Asks for a class before it folds, as timm's do."""
+
+    def reparameterize(self) -> nn.Conv2d:
+        assert isinstance(self.branch.bn, nn.BatchNorm2d)
+        weight, bias = self._folded(self.branch)
+        made = nn.Conv2d(3, CHANNELS, 1)
+        made.load_state_dict({"weight": weight, "bias": bias})
+        return made
+
+
+@pytest.mark.parametrize(("to", "folds"), [("frozen_bn", False), ("sync_bn", False), ("bn", True)])
+def test_a_class_that_folding_asks_for_has_to_be_there(to: str, folds: bool) -> None:
+    model: Any = filled(nn.Sequential(Asking())).eval()
+    normswap.convert(model, "gn" if folds else to)
+    normswap.convert(model, to, where="*")
+    assert ("reparameterize" in vars(model[0])) is not folds
+
+
 @pytest.mark.parametrize("to", ["sync_bn", "frozen_bn", "ghost_bn"])
 def test_what_evaluates_as_a_batch_norm_folds_as_before(to: str) -> None:
     model: Any = filled(nn.Sequential(Folding())).eval()
