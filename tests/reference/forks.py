@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -13,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.reference.forkserver import forkserver
 
 __all__ = ["Killed", "in_fork", "in_process_of_its_own", "kill_oneself"]
 
@@ -40,7 +39,7 @@ def in_process_of_its_own(work: Callable[..., Any], *args: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for library in ("OMP", "OPENBLAS", "MKL"):
             patch.setenv(f"{library}_NUM_THREADS", "1")
-        fresh = forkserver()
+        fresh = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, fresh, torch.set_num_threads, (1,)) as pool:
             return pool.submit(work, *args).result()
 

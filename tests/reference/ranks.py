@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.reference.forkserver import forkserver
+#: What nearly every rank needs, imported once by the process that they are forked from.
+_IMPORTED = ["pytest", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "normswap"]
 
 #: A rank that waits longer than this for another has been left alone, and fails.
 PATIENCE = timedelta(seconds=60)
@@ -29,8 +31,8 @@ def on_ranks(world: int, work: Callable[[int], Any], folder: Path) -> list[Any]:
     Raises:
         ProcessRaisedException: a process raised; the others are ended.
     """
-    method = forkserver().get_start_method()
-    mp.start_processes(_enter, args=(world, work, folder), nprocs=world, start_method=method)
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    mp.start_processes(_enter, args=(world, work, folder), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
