@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -132,26 +133,18 @@ def read_site(
 
 def _called(owner: nn.Module, paths: list[str]) -> Iterator[NormSite]:
     """The functional norms of a module, under the names that norms in their places would have."""
-    for stub, problem in functional_norms(owner):
+    calls = ((stub, problem, "") for stub, problem in functional_norms(owner))
+    regions = ((stub, "", words) for stub, words in handwritten_norms(owner))
+    for stub, problem, words in chain(calls, regions):
         yield NormSite(
             path=paths[0],
             kind=stub.state.kind,
-            origin="functional",
+            origin=stub.origin,
             module=stub,
             state=stub.state,
             owner=owner,
             aliases=(*paths[1:], *(f"{path}.{stub.name}".lstrip(".") for path in paths)),
             obstacle=f"{problem}; leave it out by skip=" if problem else "",
-        )
-    for stub, words in handwritten_norms(owner):
-        yield NormSite(
-            path=paths[0],
-            kind=stub.state.kind,
-            origin="handwritten",
-            module=stub,
-            state=stub.state,
-            owner=owner,
-            aliases=(*paths[1:], *(f"{path}.{stub.name}".lstrip(".") for path in paths)),
             recognised=words,
         )
 

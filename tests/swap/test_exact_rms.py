@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -311,33 +310,38 @@ def test_its_recipe_asks_for_example_inputs() -> None:
 # -- models that people use -----------------------------------------------------------------------
 
 
-def test_timms_vision_transformer() -> None:
+def small_timm() -> nn.Module:
     timm = pytest.importorskip("timm")
-    model = trained(timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32))
-    x = torch.randn(2, 3, 32, 32).double()
-    expected = model(x)
-    converted(model, x)
-    torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-8)
+    made: nn.Module = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32)
+    return made
 
 
-def test_torchvisions_vision_transformer() -> None:
-    torchvision = pytest.importorskip("torchvision")
-    made = torchvision.models.VisionTransformer(32, 16, 2, 2, 24, 48, num_classes=5)
-    model = trained(made)
-    x = torch.randn(2, 3, 32, 32).double()
-    expected = model(x)
-    converted(model, x)
-    torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-8)
+def small_torchvision() -> nn.Module:
+    models = pytest.importorskip("torchvision.models")
+    made: nn.Module = models.VisionTransformer(32, 16, 2, 2, 24, 48, num_classes=5)
+    return made
 
 
-def test_gpt2() -> None:
+def small_gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 32}
-    model = trained(transformers.GPT2Model(transformers.GPT2Config(**sizes)))
-    x = {"input_ids": torch.arange(6)[None]}
-    expected = model(**x).last_hidden_state
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        converted(model, x)
-    got = model(**x).last_hidden_state
-    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+    made: nn.Module = transformers.GPT2Model(transformers.GPT2Config(**sizes))
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::normswap.errors.NormSwapWarning")
+@pytest.mark.parametrize("make", [small_timm, small_torchvision, small_gpt2])
+def test_a_model_that_people_use_computes_the_same(make: Callable[[], nn.Module]) -> None:
+    model = trained(make())
+    x: Any = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    if make is small_gpt2:
+        x = {"input_ids": torch.arange(6)[None]}
+
+    def output() -> Tensor:
+        y = model(**x)["last_hidden_state"] if isinstance(x, dict) else model(x)
+        return y.detach()
+
+    expected = output()
+    converted(model, x)
+    assert not any(isinstance(module, nn.LayerNorm) for module in model.modules())
+    torch.testing.assert_close(output(), expected, rtol=1e-8, atol=1e-8)
