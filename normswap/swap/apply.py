@@ -14,7 +14,7 @@ from normswap.norms.functional import FunctionalNorm, owner_of, refer, referred
 from normswap.norms.furnish import furnish
 from normswap.norms.renamed import rename, whole
 from normswap.norms.state import TENSORS
-from normswap.swap.beside import Pending, restore
+from normswap.swap.beside import Pending
 from normswap.swap.carry import carry_over
 from normswap.swap.changes import Changes
 from normswap.swap.fast_path import keep_in_step
@@ -31,6 +31,7 @@ from normswap.swap.journal import (
     remember_skips,
     skips,
 )
+from normswap.swap.kept import restore
 from normswap.swap.references import keep_references
 from normswap.swap.step import Step
 

@@ -15,9 +15,9 @@ from normswap.norms.furnish import Furnished
 from normswap.norms.spec import NormSpec, Target
 from normswap.norms.start import Start
 from normswap.norms.state import NormState
-from normswap.swap.beside import Kept
 from normswap.swap.carry import share_hooks
 from normswap.swap.changes import ABSENT, Changes
+from normswap.swap.kept import Kept
 
 __all__ = [
     "Record",
