@@ -115,10 +115,12 @@ def start_layer_norm_2d(
     return begin(state, shell, Rule.always(POSITION), carry=carry, eps=eps, affine=affine)
 
 
-def over_several(shape: tuple[int, ...]) -> str:
+def over_several(shape: tuple[int, ...], weight: Tensor | None) -> str:
     """Why a norm over several dimensions cannot be carried to another family; empty for one."""
     if len(shape) == 1:
         return ""
+    if weight is None:
+        return f"it normalizes over {shape}, and nothing tells which of these are its channels"
     return f"it normalizes over {shape} with an affine of that shape, which is not per channel"
 
 
@@ -128,15 +130,16 @@ def read_layer_norm(module: nn.Module, *, norm: str = "ln", channel_dim: int = -
         raise TypeError(f"expected a LayerNorm, got {type(module).__name__}")
     shape = tuple(module.normalized_shape)
     per_channel = len(shape) == 1
+    given = tensors(module)
     return NormState(
         norm=norm,
         kind="layer_norm",
         num_features=shape[-1] if per_channel else shape[0],
         rule=Rule.always(POSITION if per_channel else per_group(shape[0])),
         eps=module.eps,
-        obstacle=over_several(shape),
+        obstacle=over_several(shape, given["weight"]),
         settings={"eps": module.eps, "affine": module.elementwise_affine},
-        **tensors(module),
+        **given,
         **({"channel_dim": channel_dim if per_channel else 1} | layout(module)),
     )
 

@@ -193,7 +193,7 @@ def read_rms_norm(module: nn.Module, *, norm: str = "rms", channel_dim: int = -1
         num_features=shape[-1] if per_channel else shape[0],
         rule=Rule.always(_POSITION if per_channel else per_group(shape[0], centred=False)),
         eps=eps,
-        obstacle=over_several(shape),
+        obstacle=over_several(shape, given["weight"]),
         settings={"eps": module.eps, "affine": given["weight"] is not None},
         **given,
         **({"channel_dim": channel_dim if per_channel else 1} | layout(module)),
