@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.zoo")
     parser.add_argument("--library", choices=ZOOS, default="timm")
     parser.add_argument("--to", action="append", metavar="norm", help="default: gn; may repeat")
+    parser.add_argument("--where", metavar="selector", help="default: what the norm converts")
     parser.add_argument("--match", default="*", metavar="glob", help="of the models' names")
     parser.add_argument("--every", type=int, default=1, metavar="n", help="only each n-th model")
     parser.add_argument("--out", type=Path, metavar="file", help="default: LIBRARY.jsonl")
@@ -38,7 +39,7 @@ def main() -> None:
                 continue
             started = time.perf_counter()
             try:
-                result = check(zoo, name, targets)
+                result = check(zoo, name, targets, asked.where)
             except Exception as error:
                 told = f"{type(error).__name__}: {error}"[:300]
                 result = {"model": name, "problems": [f"the check itself: {told}"]}

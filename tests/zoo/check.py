@@ -21,7 +21,7 @@ SMALL = 3_000_000
 TOLERANCE = 1e-5
 
 
-def check(zoo: Zoo, name: str, targets: Sequence[str]) -> dict[str, Any]:
+def check(zoo: Zoo, name: str, targets: Sequence[str], where: str | None = None) -> dict[str, Any]:
     """Everything that holds or does not hold of a model, as JSON takes it."""
     with torch.device("meta"):
         model = zoo.build(name)
@@ -53,15 +53,16 @@ def check(zoo: Zoo, name: str, targets: Sequence[str]) -> dict[str, Any]:
         result["not_run"] = f"on meta: {type(error).__name__}: {error}"[:200]
         inputs = None
     for to in targets:
-        result["targets"][to] = _through(model, to, inputs, say)
+        result["targets"][to] = _through(model, to, where, inputs, say)
     if result["parameters"] <= SMALL:
         real = zoo.build(name)
         for to in targets:
-            result["targets"][to] |= _on_numbers(real, to, zoo.inputs(name, real, "cpu", 2), say)
+            numbers = zoo.inputs(name, real, "cpu", 2)
+            result["targets"][to] |= _on_numbers(real, to, where, numbers, say)
     return result
 
 
-def _through(model: Any, to: str, inputs: Any, say: Any) -> dict[str, Any]:
+def _through(model: Any, to: str, where: str | None, inputs: Any, say: Any) -> dict[str, Any]:
     """Convert, run forward and backward, and revert, without weights."""
     before = _holdings(model)
     started = time.perf_counter()
@@ -69,7 +70,7 @@ def _through(model: Any, to: str, inputs: Any, say: Any) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            planned = normswap.plan(model, to)
+            planned = normswap.plan(model, to, where=where)
             converted = planned.apply()
     except normswap.errors.NormSwapError as error:
         return {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -96,7 +97,7 @@ def _through(model: Any, to: str, inputs: Any, say: Any) -> dict[str, Any]:
     return told
 
 
-def _on_numbers(model: Any, to: str, inputs: Any, say: Any) -> dict[str, Any]:
+def _on_numbers(model: Any, to: str, where: str | None, inputs: Any, say: Any) -> dict[str, Any]:
     """Whether outputs hold what fidelities promise, and come back to the bit."""
     with torch.no_grad():
         before = [each.clone() for each in _floats(run(model, inputs))]
@@ -105,7 +106,7 @@ def _on_numbers(model: Any, to: str, inputs: Any, say: Any) -> dict[str, Any]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                planned = normswap.plan(model, to)
+                planned = normswap.plan(model, to, where=where)
                 planned.apply()
         except normswap.errors.NormSwapError:
             return {}
