@@ -32,8 +32,12 @@ def rearranged(x: Tensor, channel_dim: int, native_dim: int, *, flat: bool = Tru
 
 
 def restored(y: Tensor, x: Tensor, channel_dim: int, native_dim: int) -> Tensor:
-    """Undo `rearranged` for a norm's output, given the input."""
-    return y.reshape(x.movedim(channel_dim, native_dim).shape).movedim(native_dim, channel_dim)
+    """Undo `rearranged` for a norm's output, given the input.
+
+    The output of a contiguous input is contiguous, as a model may view it in another shape.
+    """
+    back = y.reshape(x.movedim(channel_dim, native_dim).shape).movedim(native_dim, channel_dim)
+    return back.contiguous() if x.is_contiguous() else back
 
 
 class Norm(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.norms.base import Norm, rearranged, restored
-from tests.swap.helpers import CHANNELS, TARGETS, TokenNet, filled
+from tests.swap.helpers import CHANNELS, TARGETS, MapNet, TokenNet, filled
 
 pytestmark = pytest.mark.filterwarnings("ignore::normswap.errors.NormSwapWarning")
 
@@ -50,6 +50,24 @@ def test_channels_last_are_channels_first_seen_otherwise(target: str, shape: str
         outputs[-1] += (back(module(layout(given))).detach(),)
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target", LAYER_TARGETS)
+def test_a_model_may_view_what_a_norm_makes(target: str, shape: str) -> None:
+    model, x = net(), numbers(SHAPES[shape])
+    normswap.convert(model, target, where="*", example_inputs=x)
+    for training in (True, False):
+        assert model.train(training).norm1(model.linear1(x)).view(-1, CHANNELS).isfinite().all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_model_may_view_what_a_norm_of_maps_makes(target: str) -> None:
+    model = filled(MapNet(lambda: nn.BatchNorm2d(CHANNELS))).double()
+    x = model.example().double()
+    normswap.convert(model, target, example_inputs=x)
+    for training in (True, False):
+        assert model.train(training).norm1(model.conv1(x)).view(len(x), -1).isfinite().all()
 
 
 def first(x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def summary(library: str, results: list[dict[str, Any]], targets: list[str]) -> 
             rows.append((f"to {to}: find + convert, median s", f"{statistics.median(times):.3f}"))
             rows.append((f"to {to}: find + convert, longest s", f"{times[-1]:.2f}"))
     problems = Counter(problem for each in results for problem in each["problems"])
-    rows += [(problem, count) for problem, count in problems.most_common(20)]
+    rows += [(problem[:70], count) for problem, count in problems.most_common(20)]
     return render(library, ("", ""), rows)
 
 

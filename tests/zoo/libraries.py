@@ -54,7 +54,12 @@ def _torchvision_build(name: str) -> nn.Module:
     from torchvision import models
 
     backbone = {"weights_backbone": None} if name in _with_backbone() else {}
-    model: nn.Module = models.get_model(name, weights=None, **backbone)
+    device = torch.get_default_device()
+    try:
+        model: nn.Module = models.get_model(name, weights=None, **backbone)
+    except NotImplementedError:  # regnets compute their widths with tensors
+        with torch.device("cpu"):
+            model = models.get_model(name, weights=None, **backbone).to(device)
     return model.eval()
 
 
@@ -76,7 +81,7 @@ def _torchvision_inputs(name: str, model: Any, device: str, batch: int) -> Any:
         return tuple(torch.randn(batch, 3, 128, 128, device=device) for _ in range(2))
     if name in models.list_models(models.video):
         frames = 16 if "swin" not in name else 8
-        size = 224 if "mvit" in name else 112
+        size = 224 if "mvit" in name or name == "s3d" else 112
         return (torch.randn(batch, 3, frames, size, size, device=device),)
     size = {"inception_v3": 299, "vit_h_14": 224}.get(name, 224)
     return (torch.randn(batch, 3, size, size, device=device),)
