@@ -177,7 +177,10 @@ def _on_centred(state: NormState, start: Start, rule: Rule, eps: float | None) -
         )
     stream = state.stream
     exact = Fidelity.EXACT if stream.training else Fidelity.EVAL
-    note = f"the mean is taken out of {len(stream.writers)} tensors that write to its stream"
+    note = (
+        f"the mean is taken out of {len(stream.writers)} tensors that write to its stream, and so "
+        "out of features that are read there"
+    )
     return replace(start, fidelity=exact, beside=(*start.beside, *stream.writers)).noted(note)
 
 
