@@ -15,7 +15,6 @@ nothing.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from normswap.graph.candidates import arguments, is_candidate
 from normswap.graph.standardizing import Layout, layouts, pools, spread, standardized
+from normswap.graph.subject import Subject
 from normswap.norms.counts import PLAIN, Counts
 from normswap.norms.pool import RUNNING, Pool, Rule
 from normswap.randomness import kept_random_state
@@ -112,13 +112,13 @@ def explained(module: nn.Module) -> Behaviour | Unexplained:
 
 
 def _explained(module: nn.Module) -> Behaviour | Unexplained:
-    subject = _Subject(module, torch.float64)
+    subject = Subject(module, torch.float64)
     size = subject.channels
     if not size:
         return Unexplained("it has no weight that tells its number of channels")
     taken = [layout for layout in layouts(size) if subject.takes(layout)]
     if not taken:  # it casts its input to single precision, and not its weights
-        subject = _Subject(module, torch.float32)
+        subject = Subject(module, torch.float32)
         taken = [layout for layout in layouts(size) if subject.takes(layout)]
     nearest = "no standardization has its outputs"
     for layout in taken:
@@ -130,91 +130,14 @@ def _explained(module: nn.Module) -> Behaviour | Unexplained:
     return Unexplained(nearest)
 
 
-class _Subject:
-    """A copy of a module that can be run on anything, with numbers of its own as tensors.
-
-    Args:
-        module: the module.
-        dtype: what it is run in; what it is asked and what it answers is in double precision.
-    """
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._draw = torch.Generator().manual_seed(0)
-        memo = {
-            id(tensor): self._drawn(tensor) for tensor in (*module.parameters(), *module.buffers())
-        }
-        self.module = copy.deepcopy(module, memo)
-        for name, value in vars(nn.Module()).items():
-            if "hook" in name:
-                vars(self.module)[name] = type(value)() if value is not None else None
-        self.parameters = self._of_channels(self.module._parameters)
-        self.buffers = self._of_channels(self.module._buffers)
-
-    @property
-    def channels(self) -> int:
-        """C, of its tensors or of what it says of itself; 0 if nothing tells."""
-        for tensor in (*self.parameters.values(), *self.buffers.values()):
-            return tensor.numel()
-        for name in ("normalized_shape", "num_features", "num_channels", "hidden_size", "dim"):
-            told = vars(self.module).get(name)
-            told = told[0] if isinstance(told, (tuple, list)) and len(told) == 1 else told
-            if isinstance(told, int) and not isinstance(told, bool) and told > 1:
-                return told
-        return 0
-
-    def inputs(self, shape: tuple[int, ...]) -> Tensor:
-        """Fresh numbers, which its precision has."""
-        drawn = torch.randn(shape, generator=self._draw, dtype=torch.float64)
-        return drawn.to(self._dtype).double()
-
-    def run(self, x: Tensor, *, training: bool = False) -> Tensor:
-        """What it makes of an input; what it keeps of it is forgotten again."""
-        buffers = self.module._buffers.items()
-        kept = {name: value.clone() for name, value in buffers if value is not None}
-        self.module.train(training)
-        try:
-            # Not called as a module: a tracer, if one is at work, would take that for the model's.
-            y: object = self.module.forward(x.to(self._dtype, copy=True))
-        finally:
-            self.module._buffers.update(kept)
-            self.buffers = self._of_channels(self.module._buffers)
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            raise ValueError("its output is of another shape")
-        return y.double()
-
-    def takes(self, layout: Layout) -> bool:
-        """Whether it can be run on inputs of a layout."""
-        try:
-            return bool(self.run(self.inputs(layout.shape), training=True).isfinite().all())
-        except Exception:
-            return False
-
-    def _drawn(self, tensor: Tensor) -> Tensor:
-        """Numbers in a tensor's place: from 0.5 to 1.5, so that they are no variances below 0."""
-        if tensor.is_floating_point():
-            drawn = torch.rand(tensor.shape, generator=self._draw, dtype=torch.float64) + 0.5
-            drawn = drawn.to(self._dtype)
-        else:
-            drawn = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        return nn.Parameter(drawn) if isinstance(tensor, nn.Parameter) else drawn
-
-    def _of_channels(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        return {
-            name: tensor.detach().double().flatten()
-            for name, tensor in held.items()
-            if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1
-        }
-
-
-def _dim(subject: _Subject, layout: Layout) -> int | None:
+def _dim(subject: Subject, layout: Layout) -> int | None:
     """How many dimensions follow the channels, if there is only one number that it takes."""
     alike = [each for each in layouts(subject.channels) if each.channel_dim == layout.channel_dim]
     dims = {each.dim for each in alike if each == layout or subject.takes(each)}
     return dims.pop() if layout.channel_dim == 1 and len(dims) == 1 else None
 
 
-def _guesses(subject: _Subject, layout: Layout) -> Iterator[Behaviour]:
+def _guesses(subject: Subject, layout: Layout) -> Iterator[Behaviour]:
     """What explains its outputs in training on large inputs, with the eps that small ones tell."""
     x = subject.inputs(layout.shape)
     plus, minus = (subject.run(sign * LARGE * x, training=True) for sign in (1, -1))
@@ -235,7 +158,7 @@ def _guesses(subject: _Subject, layout: Layout) -> Iterator[Behaviour]:
                 yield Behaviour(rule, layout, gain.numel(), eps, {**names, **running}, counts)
 
 
-def _frozen(subject: _Subject, layout: Layout, slope: Tensor) -> Iterator[Behaviour]:
+def _frozen(subject: Subject, layout: Layout, slope: Tensor) -> Iterator[Behaviour]:
     """What is explained by running statistics alone, in training too."""
     slope = slope / LARGE
     at_zero = layout.of_channels(subject.run(slope.new_zeros(layout.shape), training=True))
@@ -252,7 +175,7 @@ def _frozen(subject: _Subject, layout: Layout, slope: Tensor) -> Iterator[Behavi
 
 
 def _affine(
-    subject: _Subject, layout: Layout, pool: Pool, gain: Tensor, offset: Tensor
+    subject: Subject, layout: Layout, pool: Pool, gain: Tensor, offset: Tensor
 ) -> Iterator[tuple[dict[str, str], Counts]]:
     """Gain and offset as what they are made of."""
     bias = _same(subject.parameters, offset)
@@ -270,7 +193,7 @@ def _affine(
                     yield {key: held for key, held in names.items() if held}, counts
 
 
-def _running(subject: _Subject) -> Iterator[dict[str, str]]:
+def _running(subject: Subject) -> Iterator[dict[str, str]]:
     """Which of its buffers may be running mean and variance, or neither."""
     for mean, var in itertools.permutations(subject.buffers, 2):
         yield {"running_mean": mean, "running_var": var}
@@ -278,7 +201,7 @@ def _running(subject: _Subject) -> Iterator[dict[str, str]]:
         yield {}
 
 
-def _eps(subject: _Subject, layout: Layout, pool: Pool, gain: Tensor, offset: Tensor) -> float:
+def _eps(subject: Subject, layout: Layout, pool: Pool, gain: Tensor, offset: Tensor) -> float:
     """What is added to the variance: in small inputs nothing else is left of it."""
     x = SMALL * subject.inputs(layout.shape)
     y = subject.run(x, training=True) - layout.beside(offset)
@@ -287,7 +210,7 @@ def _eps(subject: _Subject, layout: Layout, pool: Pool, gain: Tensor, offset: Te
     return _told(subject, float((root.square() - variance).flatten().median()))
 
 
-def _told(subject: _Subject, found: float) -> float:
+def _told(subject: Subject, found: float) -> float:
     """The eps that a module says it has, or that norms usually have, if it is near what was found.
 
     Args:
@@ -300,7 +223,7 @@ def _told(subject: _Subject, found: float) -> float:
     return near[0] if near else max(found, 0.0)
 
 
-def _misfit(subject: _Subject, found: Behaviour) -> str:
+def _misfit(subject: Subject, found: Behaviour) -> str:
     """What is wrong with an explanation; empty if its formula gives the module's outputs."""
     for layout in (found.layout, found.layout.larger()):
         for size in (1.0, max(math.sqrt(found.eps), SMALL)):
@@ -313,7 +236,7 @@ def _misfit(subject: _Subject, found: Behaviour) -> str:
 
 
 def _rebuilt(
-    subject: _Subject, found: Behaviour, layout: Layout, x: Tensor, *, training: bool
+    subject: Subject, found: Behaviour, layout: Layout, x: Tensor, *, training: bool
 ) -> Tensor:
     """What the module's output should be."""
     tensors = {
