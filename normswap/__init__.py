@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from normswap.norms.base import Norm as Norm
     from normswap.norms.fidelity import Fidelity as Fidelity
     from normswap.norms.filter_response import TLU as TLU
+    from normswap.norms.inputs.kinds import ExtraInput as ExtraInput
+    from normswap.norms.inputs.kinds import Form as Form
+    from normswap.norms.inputs.norm import InputNorm as InputNorm
     from normswap.norms.pool import Pool as Pool
     from normswap.norms.pool import Rule as Rule
     from normswap.norms.registry import list_norms as list_norms
@@ -57,8 +60,11 @@ if TYPE_CHECKING:
 _WHERE = {
     "CalibrationReport": "stats.calibration.report",
     "DatasetStats": "stats.channel_stats",
+    "ExtraInput": "norms.inputs.kinds",
     "Fidelity": "norms.fidelity",
+    "Form": "norms.inputs.kinds",
     "InputError": "errors",
+    "InputNorm": "norms.inputs.norm",
     "Norm": "norms.base",
     "NormSpec": "norms.spec",
     "NormState": "norms.state",

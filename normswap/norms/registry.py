@@ -58,6 +58,7 @@ from normswap.norms import (
 )
 from normswap.norms.entry import NormEntry, Option, Reader, Starter
 from normswap.norms.functional import FunctionalNorm, read_functional
+from normswap.norms.inputs.norm import InputNorm
 from normswap.table import Listing
 
 __all__ = ["NormList", "add_readers", "kinds", "list_norms", "lookup", "reader", "register"]
@@ -179,14 +180,21 @@ def register(
         axis: what it changes in BatchNorm.
         pooled: what its statistics are pooled over, in words.
         paper: citation.
-        inputs: extra keyword inputs that a converted model takes.
+        inputs: extra keyword inputs that a converted model takes; what each may be is said by the
+            classes, which are made of `normswap.InputNorm`.
         needs: what the starter must be told of the site: ``"dim"``, the number of dimensions
             after the channels; ``"neighbours"``, the layers before and after it; ``"previous"``,
             the norm before the layer before it; ``"activation"``, the activation behind it.
 
     Raises:
-        OptionError: a name is taken by another norm.
+        OptionError: a name is taken by another norm, or the norm has extra inputs and no class
+            that takes any.
     """
+    if inputs and not any(issubclass(cls, InputNorm) for cls in reads):
+        raise OptionError(
+            f"{name} has extra inputs, and none of its classes takes any: make it of "
+            "normswap.InputNorm, and have that class in reads="
+        )
 
     def decorate(start: Starter) -> Starter:
         parameters = list(inspect.signature(start).parameters.values())[1:]

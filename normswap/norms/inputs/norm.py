@@ -19,10 +19,27 @@ __all__ = ["InputNorm"]
 
 
 class InputNorm(PlainNorm):
-    """Mixed in before a norm: it takes extra inputs.
+    """A norm that takes extra inputs, or what makes one of another norm, mixed in before it.
 
     In a converted model they come from the model's call. A norm that is used alone takes them as
-    keywords itself.
+    keywords itself. A class says what it takes (`extra_inputs`) and which parameters start at zero
+    (`deltas`), and reads a value where it normalizes, by `called_with`, `shares_of` or `resized`.
+
+    >>> class LevelNorm(normswap.InputNorm):
+    ...     extra_inputs = (normswap.ExtraInput("level", (normswap.Form(("N",), "numbers"),)),)
+    ...     deltas = ("slope",)
+    ...
+    ...     def __init__(self, num_features: int) -> None:
+    ...         super().__init__(num_features)
+    ...         self.slope = nn.Parameter(torch.zeros(num_features))
+    ...
+    ...     def pools(self, *, tracks: bool) -> Rule:
+    ...         return Rule.always(per_group(self.num_features))
+    ...
+    ...     def normalize(self, x: Tensor) -> Tensor:
+    ...         level = self.called_with("level", x)[1]
+    ...         gain = self.weight * (1 + level[:, None] * self.slope)
+    ...         return F.group_norm(x, 1, eps=self.eps) * gain[:, :, None, None]
     """
 
     @property
