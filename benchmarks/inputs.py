@@ -4,6 +4,10 @@ Run it with ``python benchmarks/inputs.py``. Forward and backward of one layer i
 float32, contiguous, one thread, processor time. Rounds are interleaved; a time is the least of the
 medians of several blocks of rounds. A second BatchNorm2d is the control. A spade is compared with
 its convolutions and a BatchNorm2d, each run by itself.
+
+On glibc set ``MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592`` before it:
+otherwise large maps are given back and faulted in again, at the expense of whoever comes next,
+which can double a time on the first shape.
 """
 
 from __future__ import annotations
