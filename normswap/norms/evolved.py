@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,17 @@ __all__ = ["EvoNorm"]
 
 #: The slopes that are tried for a start, of either sign, in units of `EvoNorm.slope_unit`.
 SLOPES = (0.0, *(2.0**power for power in range(-3, 7)))
+
+
+@dataclass(frozen=True)
+class _Evolved(Curve):
+    """A norm and an activation in one.
+
+    Args:
+        learned: whether the slopes are others than those that it starts with.
+    """
+
+    learned: bool = False
 
 
 class EvoNorm(AffineNorm):
@@ -60,6 +71,11 @@ class EvoNorm(AffineNorm):
         self.v = nn.Parameter(torch.ones(num_features)) if nonlinearity else None
         self.replaced_act = nn.ReLU() if nonlinearity else None
         self.stands_for = "replaced_act" if nonlinearity else ""
+
+    @property
+    def channels_per_group(self) -> int:
+        """How many channels of a sample share a deviation."""
+        return 1
 
     def standardize(self, x: Tensor) -> Tensor:
         """What gain and offset are applied to."""
@@ -95,7 +111,11 @@ class EvoNorm(AffineNorm):
 
     def pools(self, *, tracks: bool) -> Rule:
         """A curve of each value; a straight one, where it does not activate."""
-        return Rule.always(Curve(curve=type(self).__name__ if self.nonlinearity else "linear"))
+        if self.v is None:
+            return Rule.always(Curve())
+        learned = not self.v.is_meta and bool((self.v != 1).any())
+        form = type(self).__name__
+        return Rule.always(_Evolved(channels=self.channels_per_group, curve=form, learned=learned))
 
     def started(self, state: NormState, start: Start) -> Start:
         """Take the activation that follows away, and come as near as can be to both."""

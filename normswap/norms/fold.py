@@ -22,6 +22,7 @@ from normswap.norms.beside import Look, Rewritten
 from normswap.norms.entry import NormEntry
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.identity import Identity, read_identity
+from normswap.norms.precision import precise
 from normswap.norms.remake import why_not
 from normswap.norms.start import Carry, Start
 from normswap.norms.state import NormState
@@ -47,11 +48,11 @@ class _Affine:
 
 def start_fold(state: NormState, *, carry: Carry = "auto") -> Start:
     """Start a fold: the neighbour's weight and bias are rewritten, the norm is gone."""
+    problem = state.obstacle
     if state.rule.eval.over != "running":
-        raise CannotConvert(
-            "it does not evaluate with running statistics, so it is no fixed affine to fold",
-            "leave it out by skip=",
-        )
+        problem = "it does not evaluate with running statistics, so it is no fixed affine to fold"
+    if problem:
+        raise CannotConvert(problem, "leave it out by skip=")
     into, takes = state.producer, _into_rows
     problem = why_not(into, transposed=True)
     if problem:
@@ -94,11 +95,10 @@ def _affine(state: NormState) -> _Affine:
     if state.running_mean is None or state.running_var is None:
         raise CannotConvert("it keeps no running statistics", "leave it out by skip=")
     with torch.no_grad():
-        mean, var = state.running_mean.double(), state.running_var.double()
-        gain = torch.ones_like(mean) if state.weight is None else state.weight.double()
-        bias = torch.zeros_like(mean) if state.bias is None else state.bias.double()
-        slope = gain * (var + state.eps).rsqrt()
-        return _Affine(slope, bias - slope * mean)
+        pool, (gain, offset) = state.rule.eval, state.gain_and_offset()
+        mean, var = pool.expected(precise(state.running_mean), precise(state.running_var))
+        slope = gain / pool.divisor(var, state.eps)
+        return _Affine(slope, offset - slope * mean)
 
 
 def _into_rows(module: Any, affine: _Affine, look: Look) -> dict[str, Tensor]:

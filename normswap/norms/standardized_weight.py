@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from normswap.errors import CannotConvert
 from normswap.norms.beside import Remade
 from normswap.norms.entry import NormEntry
+from normswap.norms.fidelity import Fidelity
 from normswap.norms.group import MAP_SOURCES, OPTIONS, GroupNorm, read_group_norm, start_group_norm
 from normswap.norms.remake import Mixin, why_not
 from normswap.norms.start import Carry, Start
@@ -80,7 +81,10 @@ def start_weight_standardized(state: NormState, *, carry: Carry = "auto", **opti
         **options,
     )
     remade = Remade(layer, StandardizedWeight)
-    return replace(start.noted(f"{state.producer.path} standardizes its weight"), beside=(remade,))
+    start = start.noted(f"{state.producer.path} standardizes its weight")
+    # The same group norm, of another input, is not the same function.
+    lost = max(start.fidelity, Fidelity.AFFINE, key=lambda fidelity: fidelity.rank)
+    return replace(start, fidelity=lost, beside=(remade,))
 
 
 def read_weight_standardized(module: nn.Module) -> NormState:
