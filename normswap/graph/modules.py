@@ -115,7 +115,7 @@ def read_site(
         state = _unread(module) if unready else read(module)
     else:
         raise TypeError(f"{type(module).__name__} is not a known norm")
-    if not obstacle and not state.norm:
+    if not obstacle and not state.norm and state.obstacle:
         obstacle = f"{state.obstacle}; leave it out by skip="
     return NormSite(
         path=path,

@@ -81,8 +81,8 @@ class NormSite:
     @property
     def activation(self) -> str | None:
         """The activation that is fused into it or alone reads its output: a path or a name."""
-        for name in reversed(self.state.tail):
-            if not isinstance(getattr(self.module, name), (nn.Identity, nn.Dropout)):
+        for name, behind in reversed(self.state.behind(self.module).items()):
+            if not isinstance(behind, (nn.Identity, nn.Dropout)):
                 return f"{self.path}.{name}".lstrip(".")
         return self.around.activation if self.around else None
 

@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,10 @@ class EvoNorm(AffineNorm):
     Attributes:
         v: (C,), the slope; starts at 1.
         replaced_act: the activation that it stands for, for a norm in its place; never called.
+        nearest_act: its class, where the norm stands for none that was there.
     """
+
+    nearest_act: ClassVar[type[nn.Module]] = nn.ReLU
 
     own = ("v",)
     v: nn.Parameter | None
@@ -69,7 +72,7 @@ class EvoNorm(AffineNorm):
         super().__init__(num_features, **rest)
         self.nonlinearity = nonlinearity
         self.v = nn.Parameter(torch.ones(num_features)) if nonlinearity else None
-        self.replaced_act = nn.ReLU() if nonlinearity else None
+        self.replaced_act = self.nearest_act() if nonlinearity else None
         self.stands_for = "replaced_act" if nonlinearity else ""
 
     @property
@@ -143,7 +146,10 @@ class EvoNorm(AffineNorm):
 
     def retold(self) -> Mapping[str, Any]:
         """What it activates by runs behind another norm."""
-        return {"tail": (*self.tail, self.stands_for) if self.stands_for else self.tail}
+        if not self.stands_for:
+            return {}
+        within = {self.stands_for: partial(self.get_submodule, self.stands_for)}
+        return {"tail": (*self.tail, self.stands_for), "within": within}
 
     def _nearest(self, state: NormState) -> dict[str, Tensor]:
         """Weight, bias and slope that come nearest to the source and its activation.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normswap.norms.affine import per_channel
 from normswap.norms.declared import declared
@@ -97,6 +97,8 @@ class EvoNormS0(GroupedNorm, EvoNorm):
             up to 32, as in the paper's code.
         **rest: as for `EvoNorm`.
     """
+
+    nearest_act = nn.SiLU
 
     @staticmethod
     def default_groups(num_features: int) -> int:

@@ -28,7 +28,7 @@ from normswap.norms.pool import Pool, Rule
 from normswap.norms.start import Start
 from normswap.norms.state import NormState
 
-__all__ = ["ENTRIES", "TLU", "FilterResponseNorm"]
+__all__ = ["ENTRIES", "TLU", "FilterResponseNorm", "Response"]
 
 EXTRA_EPS = 1e-4
 
@@ -70,7 +70,7 @@ class TLU(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Response(Pool):
+class Response(Pool):
     """A sample's channel by its mean square.
 
     Args:
@@ -135,7 +135,7 @@ class FilterResponseNorm(MeasuredNorm):
 
     def pools(self, *, tracks: bool) -> Rule:
         """A sample's channel."""
-        return Rule.always(_Response("group", centred=False, learned=self.learned_eps))
+        return Rule.always(Response("group", centred=False, learned=self.learned_eps))
 
     def started(self, state: NormState, start: Start) -> Start:
         """Put a `TLU` in the place of the ReLU that alone follows."""

@@ -41,6 +41,9 @@ def furnish(state: NormState, start: Start) -> Furnished:
     values = dict(start.values())
     carried: set[str] = set()
     rewrites: dict[str, Tensor] = {}
+    for name, make in state.within.items():
+        if name in getattr(module, "tail", ()) and name not in module._modules:
+            module.add_module(name, make())
     for name in AFFINE_TENSORS:
         own: Tensor | None = getattr(state, name) if name in start.affine else None
         if own is not None and own.shape != (state.num_features,):

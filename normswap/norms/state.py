@@ -6,11 +6,11 @@ There is no table of pairs of norms. A reader turns a module into a `NormState`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normswap.norms.beside import Activation, Neighbour, Previous, Stream
 from normswap.norms.counts import PLAIN, Counts
@@ -37,8 +37,8 @@ class NormState:
     """One normalization, told in terms that belong to no family.
 
     Args:
-        norm: registry name of the norm that was read; empty for one that is known and that
-            nothing can be started from, as ``obstacle`` says.
+        norm: registry name of the norm that was read; empty for one that is known and no target.
+            Nothing at all can be started from such a norm that has an ``obstacle``.
         kind: its family: ``"batch_norm"``, ``"group_norm"``, ...
         num_features: number of channels, C.
         rule: what it pools over in train and in eval mode.
@@ -57,7 +57,13 @@ class NormState:
         channel_dim: where the channels are in the input: 1, or -1 for token layouts.
         flattens: whether what follows the channels is seen as one dimension, because nothing can
             tell how many there are.
-        tail: names of children that run after the norm (a fused dropout, an activation).
+        tail: names of what runs after the norm (a fused dropout, an activation): of children of
+            its, or of ``within``.
+        within: what of the tail is a part of the norm's own formula, by name: how it is made for
+            another norm, which has it behind. The norm is not that with such a part behind it:
+            what it computes is both in one.
+        own: names of tensors that mean something to this norm only, where it is none of ours, and
+            do not move on to a norm that replaces it.
         settings: the norm's option values, by the names of its registry entry.
         trainable: whether weight and bias were trainable before a freeze, by name.
         parametrized: whether weight or bias is computed by a parametrization.
@@ -88,6 +94,8 @@ class NormState:
     channel_dim: int = 1
     flattens: bool = False
     tail: tuple[str, ...] = ()
+    within: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     trainable: Mapping[str, bool] = field(default_factory=dict)
     parametrized: bool = False
@@ -110,6 +118,12 @@ class NormState:
     def tracks(self) -> bool:
         """Whether running statistics are kept."""
         return self.running_mean is not None and self.running_var is not None
+
+    def behind(self, norm: nn.Module) -> dict[str, nn.Module]:
+        """What runs after the norm that was read, by name, in order."""
+        children = norm._modules
+        held = {name: children.get(name) or self.within[name]() for name in self.tail}
+        return held
 
     def gain_and_offset(self) -> tuple[Tensor, Tensor]:
         """What weight and bias make in what the norm computes, (C,) each, in double precision."""

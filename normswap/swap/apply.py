@@ -157,7 +157,7 @@ def _make(step: Step, changes: Changes, pending: Pending, place: Tensor, *, scop
     if isinstance(new, Norm):
         new.site_path = site.path
     names = {name: held for name, held in state.names.items() if name in made.carried}
-    carry_over(old, new, leave=set(state.names.values()) - set(names.values()))
+    carry_over(old, new, leave={*state.names.values(), *state.own} - set(names.values()))
     rename(new, names, old)
     refers = old.refers if isinstance(old, FunctionalNorm) else referred(old)
     owner = site.owner or owner_of(old)

@@ -94,19 +94,21 @@ def refuse_taken_names(state: NormState, start: Start) -> None:
         )
 
 
-def refuse_unread(reads: Mapping[str, str], old: nn.Module, start: Start) -> None:
+def refuse_unread(reads: Mapping[str, str], old: nn.Module, state: NormState, start: Start) -> None:
     """Raise if a forward reads something of a norm that the new one would not have.
 
     Args:
         reads: what is read of it, and by whom.
         old: the norm.
+        state: what was read from it.
         start: how the new one starts.
 
     Raises:
         CannotConvert: naming what is missing first.
     """
     needed = [name for name in reads if getattr(old, name, None) is not None]
-    there = {*start.affine, *start.running, *moving_on(old)} if needed else set()
+    moving = moving_on(old) - set(state.own) if needed else set()
+    there = {*start.affine, *start.running, *moving}
     needed = [name for name in needed if name not in there]
     shell = start.shell() if needed else None
     for name in needed:

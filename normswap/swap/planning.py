@@ -174,7 +174,7 @@ def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundin
             note = "its affine is another layer's too, so it is copied"
             start = replace(start, note="; ".join(filter(None, (start.note, note))))
         refuse_taken_names(state, start)
-        refuse_unread(surroundings.reads(site), site.module, start)
+        refuse_unread(surroundings.reads(site), site.module, state, start)
         start = _checked(site, state, start)
     except CannotConvert as error:
         return Step(site, "skip", target, reason=str(error))

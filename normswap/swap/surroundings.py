@@ -155,15 +155,14 @@ class Surroundings:
                 "between them"
             )
         norm = self._model.get_submodule(around.previous)
-        tail = (getattr(norm, name) for name in read_site(norm, around.previous).state.tail)
+        tail = read_site(norm, around.previous).state.behind(norm).values()
         passing = (nn.Identity, nn.Dropout)
         functions = [each for each in (*tail, around.between) if each is not None]
         functions = [each for each in functions if not isinstance(each, passing)]
         return Previous(norm, tuple(functions), "")
 
     def _activation(self, site: NormSite) -> Activation:
-        for name in reversed(site.state.tail):
-            fused: Any = getattr(site.module, name)
+        for name, fused in reversed(site.state.behind(site.module).items()):
             if not isinstance(fused, (nn.Identity, nn.Dropout)):
                 path = f"{site.path}.{name}".lstrip(".")
                 return Activation(path, fused, fused=name, problem="")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.errors import StatisticsError
-from normswap.graph.modules import find
+from normswap.graph.modules import find, read_site
 from normswap.graph.site import NormSite
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.functional import FunctionalNorm
@@ -105,6 +105,8 @@ def _obstacle(each: Candidate, owners: Counter[int]) -> str:
     affine = each.affine
     if isinstance(each.record.original, FunctionalNorm):
         return "its original is a call in a forward, whose output nothing shows"
+    if read_site(each.record.original, each.path).state.within:
+        return "its original is a norm and an activation in one, whose norm alone nothing shows"
     if "weight" not in affine:
         return "it has no gain to fit"
     if each.site.state.retold and each.record.fidelity.rank > Fidelity.MATCHED.rank:

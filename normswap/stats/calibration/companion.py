@@ -48,7 +48,10 @@ def _tail_of(norm: nn.Module) -> tuple[str, ...]:
     if isinstance(norm, Norm):
         return norm.tail
     found = reader(type(norm))
-    return found[0](norm).tail if found else ()
+    if found is None:
+        return ()
+    state = found[0](norm)
+    return tuple(name for name in state.tail if name not in state.within)
 
 
 class Companion:
