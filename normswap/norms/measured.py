@@ -30,6 +30,7 @@ from abc import abstractmethod
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from normswap.norms.moments import normalized
@@ -130,11 +131,12 @@ class MeasuredNorm(PlainNorm):
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
         within = self.within(positions)
-        centre, spread, total = self.of_batch(mean, var * within, positions)
+        of_each = var if within == 1.0 else var * within
+        centre, spread, total = self.of_batch(mean, of_each, positions)
         if self.training and total:
-            kept = pooled(mean, var, 0)[1].squeeze(0) if self.plain_statistics else spread
+            kept = pooled(mean, var, 0)[1] if self.plain_statistics else spread
             as_torch = within == 1.0 or self.plain_statistics
-            self._track(centre, kept * (total / (total - 1)) if as_torch else kept)
+            self._track(centre, kept, total / (total - 1) if as_torch else 1.0)
         return centre, spread
 
     def of_batch(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor, int]:
@@ -160,10 +162,16 @@ class MeasuredNorm(PlainNorm):
         if values == 0:
             return mean.sum(0), var.sum(0), 0
         self.refuse_single_value(values, "use a larger batch")
-        centre, spread = (each.squeeze(0) for each in pooled(mean, var, 0))
-        return centre, spread, values
+        return *pooled(mean, var, 0), values
 
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Count the batch, and let the running statistics follow it, where there are some."""
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, factor: float = 1.0) -> None:
+        """Count the batch, and let the running statistics follow it, where there are some.
+
+        Args:
+            mean: of the batch, (C,).
+            var: of the batch, (C,).
+            factor: what the variance is multiplied by to be kept.
+        """
         if self.running_mean is not None:
-            self.track(running_mean=mean, running_var=var)
+            self.track(running_mean=mean, running_var=var if factor == 1.0 else var * factor)

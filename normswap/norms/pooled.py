@@ -6,6 +6,7 @@ every rule has, some twice, so that its gradient is written by hand.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,36 +18,44 @@ __all__ = ["pooled"]
 
 
 def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of all values along a dimension of (N, C), which stays as one.
+    """Mean and biased variance of all values along a dimension of (N, C).
 
-    Over channels with ``dim=1``, over samples with 0; groups of channels are made before, by
-    ``unflatten(1, (groups, -1))`` and ``dim=2``. It is the mean of the variances and the variance
+    Over samples with ``dim=0``, which leaves (C,). Over channels with 1, and the dimension stays
+    as one; groups of channels are made before, by ``unflatten(1, (groups, -1))`` and ``dim=2``.
+    It is the mean of the variances and the variance
     of the means, where every sample's channel has as many positions. Differentiable twice.
     """
+    count = mean.shape[dim]
+    part = 1 / count if count else math.nan
     if should_be_plain():
-        return _pooled(mean, var, dim)
-    centre, spread = _Pool.apply(mean, var, dim)
+        return _pooled(mean, var, dim, part)
+    # A number in a tensor is taken as it is, where one of Python's is made a tensor each time.
+    centre, spread = _Pool.apply(mean, var, dim, torch.full((), part, dtype=mean.dtype))
     return centre, spread
 
 
-def _pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    centre = mean.mean(dim, keepdim=True)
+def _pooled(mean: Tensor, var: Tensor, dim: int, part: Tensor | float) -> tuple[Tensor, Tensor]:
+    stays = dim > 0
+    centre = mean.sum(dim, keepdim=stays) * part
     away = mean - centre
-    return centre, torch.addcmul(var, away, away).mean(dim, keepdim=True)
+    return centre, torch.addcmul(var, away, away).sum(dim, keepdim=stays) * part
 
 
 class _Pool(torch.autograd.Function):
     """mean, var -> centre, spread, along a dimension."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        centre, spread = _pooled(mean, var, dim)
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor, dim: int, part: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        centre, spread = _pooled(mean, var, dim, part)
         ctx.save_for_backward(mean, centre)
-        ctx.count = mean.shape[dim]
+        ctx.part = part
         return centre, spread
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         mean, centre = ctx.saved_tensors
-        shift, share = (grad / ctx.count for grad in grads)
-        return torch.addcmul(shift, mean - centre, 2 * share), share.expand_as(mean), None
+        shift, share = (grad * ctx.part for grad in grads)
+        dmean = torch.addcmul(shift, mean - centre, share, value=2)
+        return dmean, share.expand_as(mean), None, None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import OptionError
-from normswap.norms import sparse_switchable
-from normswap.norms.sparse_switchable import sparsestmax
+from normswap.norms import sparsestmax as module
+from normswap.norms.sparsestmax import sparsestmax
 from tests.norms.cases import CHANNELS, affine, set_statistics, statistics
 from tests.reference import formulas
 from tests.reference import sparsestmax as reference
@@ -35,13 +35,11 @@ def made(**options: Any) -> Any:
     return norm
 
 
-@pytest.fixture(params=["numbers", "operations", "plain operations"])
+@pytest.fixture(params=["numbers", "operations"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on the CPU, as on another device, and as under a compiler."""
+    """As on the CPU, and as on another device or under a compiler."""
     if request.param != "numbers":
-        monkeypatch.setattr(sparse_switchable, "_by_numbers", sparse_switchable._by_operations)
-    if request.param == "plain operations":
-        monkeypatch.setattr(sparse_switchable, "should_be_plain", lambda: True)
+        monkeypatch.setattr(module, "at_hand", lambda tensor: False)
 
 
 @pytest.mark.usefixtures("_way")
