@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from normswap.errors import NormSwapWarning as NormSwapWarning
     from normswap.norms.base import Norm as Norm
     from normswap.norms.fidelity import Fidelity as Fidelity
-    from normswap.norms.filter_response import TLU as TLU
     from normswap.norms.inputs.kinds import ExtraInput as ExtraInput
     from normswap.norms.inputs.kinds import Form as Form
     from normswap.norms.inputs.norm import InputNorm as InputNorm
@@ -38,13 +37,14 @@ if TYPE_CHECKING:
     from normswap.norms.pool import Rule as Rule
     from normswap.norms.registry import list_norms as list_norms
     from normswap.norms.registry import register as register
-    from normswap.norms.sparse_switchable import set_radius as set_radius
     from normswap.norms.spec import NormSpec as NormSpec
     from normswap.norms.spec import build as build
     from normswap.norms.spec import spec as spec
+    from normswap.norms.standardization.filter_response import TLU as TLU
     from normswap.norms.start import Start as Start
     from normswap.norms.start import begin as begin
     from normswap.norms.state import NormState as NormState
+    from normswap.norms.statistics.sparse_switchable import set_radius as set_radius
     from normswap.stats.calibration.report import CalibrationReport as CalibrationReport
     from normswap.stats.channel_stats import DatasetStats as DatasetStats
     from normswap.stats.dataset import dataset_stats as dataset_stats

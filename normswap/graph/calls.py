@@ -14,7 +14,7 @@ from normswap.graph.forward import Forward
 from normswap.graph.functional import Call, forward_of, norm_calls
 from normswap.norms.functional import FunctionalNorm, child_name
 from normswap.norms.pool import BATCH, NOTHING, POSITION, RUNNING, Pool, Rule, per_group
-from normswap.norms.rms import default_eps
+from normswap.norms.standardization.rms import default_eps
 from normswap.norms.state import NormState
 
 __all__ = ["functional_norms", "holders", "own_class"]

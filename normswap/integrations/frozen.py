@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from normswap.norms.frozen import read_frozen_batch_norm
 from normswap.norms.registry import add_readers
+from normswap.norms.statistics.frozen import read_frozen_batch_norm
 
 __all__ = ["install"]
 

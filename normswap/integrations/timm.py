@@ -11,18 +11,18 @@ from typing import Any
 from torch import nn
 
 from normswap.graph.tracer import leave_whole
-from normswap.norms.batch import read_batch_norm
 from normswap.norms.entry import Reader
-from normswap.norms.filter_response import TLU, Response
-from normswap.norms.frozen import read_frozen_batch_norm
-from normswap.norms.group import read_group_norm
-from normswap.norms.layer import over_several, read_layer_norm
 from normswap.norms.pool import NOTHING, Curve, Pool, Rule
 from normswap.norms.reading import tensors
 from normswap.norms.registry import add_readers
-from normswap.norms.rms import read_rms_norm
+from normswap.norms.standardization.filter_response import TLU, Response
+from normswap.norms.standardization.rms import read_rms_norm
 from normswap.norms.state import NormState
-from normswap.norms.sync_batch import read_sync_batch_norm
+from normswap.norms.statistics.batch import read_batch_norm
+from normswap.norms.statistics.frozen import read_frozen_batch_norm
+from normswap.norms.statistics.group import read_group_norm
+from normswap.norms.statistics.layer import over_several, read_layer_norm
+from normswap.norms.statistics.sync_batch import read_sync_batch_norm
 
 __all__ = ["install"]
 

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from normswap.norms.base import place
-from normswap.norms.batch import BATCH_SOURCES, MOMENTUM
-from normswap.norms.entry import AFFINE, SYNC, NormEntry, Option
+from normswap.norms.entry import AFFINE, BATCH_SOURCES, MOMENTUM, SYNC, NormEntry, Option
 from normswap.norms.plain import PlainNorm
 from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin

@@ -14,8 +14,13 @@ from normswap.norms.state import NormState
 
 __all__ = [
     "AFFINE",
+    "ANY_SOURCE",
+    "BATCH_SOURCES",
     "EPS",
+    "MAP_SOURCES",
+    "MOMENTUM",
     "SYNC",
+    "TOKEN_SOURCES",
     "NormEntry",
     "Option",
     "Reader",
@@ -30,6 +35,13 @@ Reader = Callable[[nn.Module], NormState]
 
 #: ``start(state, *, carry, **options) -> Start``, pure: it builds and touches nothing.
 Starter = Callable[..., Start]
+
+#: Families that a norm converts when not told otherwise: those of batches, of any feature maps, of
+#: what stands in transformers, of all.
+BATCH_SOURCES = frozenset({"batch_norm"})
+MAP_SOURCES = BATCH_SOURCES | {"group_norm", "instance_norm"}
+TOKEN_SOURCES = frozenset({"layer_norm", "rms_norm"})
+ANY_SOURCE = MAP_SOURCES | TOKEN_SOURCES | {"identity"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ SYNC = (
     flag("sync", False, "pool over all ranks; DDP takes it on CPU too"),
     Option("process_group", None, "the ranks that share statistics; None: all"),
 )
+MOMENTUM = number("momentum", "weight of the newest batch; None: the source's", low=0.0, high=1.0)
 EPS = number("eps", "added to the variance; None: the source's", low=0.0, high=float_info.max)
 AFFINE = flag("affine", None, "weight and bias; None: as the source, and where the start needs")
 

@@ -10,8 +10,8 @@ from functools import partial
 from torch import nn
 
 from normswap.errors import CannotConvert, OptionError
+from normswap.norms.entry import ANY_SOURCE
 from normswap.norms.fidelity import Fidelity
-from normswap.norms.layer import ANY_SOURCE
 from normswap.norms.registry import lookup, reader
 from normswap.norms.spec import NormSpec, Target
 from normswap.norms.start import Carry, Start

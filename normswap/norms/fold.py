@@ -17,9 +17,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from normswap.errors import CannotConvert
 from normswap.norms.base import place
-from normswap.norms.batch import BATCH_SOURCES
 from normswap.norms.beside import Look, Rewritten
-from normswap.norms.entry import NormEntry
+from normswap.norms.entry import BATCH_SOURCES, NormEntry
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.identity import Identity, read_identity
 from normswap.norms.precision import precise

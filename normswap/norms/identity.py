@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.base import Norm, place
-from normswap.norms.entry import NormEntry
-from normswap.norms.layer import ANY_SOURCE
+from normswap.norms.entry import ANY_SOURCE, NormEntry
 from normswap.norms.pool import NOTHING, Rule
 from normswap.norms.reading import layout
 from normswap.norms.start import Carry, Start, begin

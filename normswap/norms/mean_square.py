@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normswap.norms.affine import per_channel
+from normswap.norms.affine_norm import per_channel
 from normswap.norms.pool import RUNNING, Pool, Rule
 from normswap.norms.tracked import TrackedNorm
 

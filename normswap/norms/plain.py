@@ -4,7 +4,7 @@ Such a norm says by its class what a registry entry needs to know of it: what it
 it keeps, what it has to be told, how it is chosen for a source. `normswap.norms.declared` makes
 the entry, with its starter and its reader, of that. What it computes is written in one of two
 ways: `normswap.norms.measured` for arithmetic on each channel's mean and variance, and
-`normswap.norms.affine` for all else.
+`normswap.norms.affine_norm` for all else.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.norms.affine import AffineNorm
+from normswap.norms.affine_norm import AffineNorm
 from normswap.norms.plain import PlainNorm
 from normswap.norms.precision import precise
 from normswap.norms.state import NormState

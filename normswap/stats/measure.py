@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.graph.site import NormSite
-from normswap.norms.batch import SynchronizedBatchNorm
 from normswap.norms.measured import MeasuredNorm
+from normswap.norms.statistics.batch import SynchronizedBatchNorm
 from normswap.stats.accumulate import Batch, precise
 from normswap.stats.moments import FAR, FAR_IN_DOUBLE, channel_moments, refined
 from normswap.stats.probe import Probe

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.errors import InputError
-from normswap.norms.style import AdaptiveInstanceNorm, Collected
+from normswap.norms.affine.style import AdaptiveInstanceNorm, Collected
 from normswap.swap.inputs import inputs
 
 __all__ = ["style_features"]

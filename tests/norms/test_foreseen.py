@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.norms.elementwise import gaussian_moments, is_elementwise, is_relu
-from normswap.norms.foreseen import foreseen_outputs
+from normswap.norms.statistics.foreseen import foreseen_outputs
 from tests.reference.data import close, fill, values
 
 

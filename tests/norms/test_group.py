@@ -6,7 +6,7 @@ import pytest
 
 from normswap import build
 from normswap.errors import OptionError
-from normswap.norms.group import default_groups
+from normswap.norms.grouped import default_groups
 
 PRIMES = (2, 3, 17, 31, 37, 61, 127)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.layer import LayerNorm
+from normswap.norms.statistics.layer import LayerNorm
 from tests.norms.cases import (
     BATCH,
     CHANNEL,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import OptionError
-from normswap.norms import sparsestmax as module
-from normswap.norms.sparsestmax import sparsestmax
+from normswap.norms.statistics import sparsestmax as module
+from normswap.norms.statistics.sparsestmax import sparsestmax
 from tests.norms.cases import CHANNELS, affine, set_statistics, statistics
 from tests.reference import formulas
 from tests.reference import sparsestmax as reference

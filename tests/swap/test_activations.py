@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import CannotRevert
-from normswap.norms.filter_response import TLU
+from normswap.norms.standardization.filter_response import TLU
 from tests.reference.beyond import along
 from tests.reference.data import close, values
 from tests.swap.helpers import filled

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import normswap
-from normswap.norms.filter_response import TLU
+from normswap.norms.standardization.filter_response import TLU
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")

@@ -1,0 +1,1 @@
+"""Norms whose gain and offset are made of the input, or of another one."""

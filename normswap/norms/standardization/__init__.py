@@ -1,0 +1,1 @@
+"""Norms that standardize otherwise than by mean and deviation."""
