@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from normswap.graph.tracer import leave_whole
 from normswap.norms.entry import Reader
@@ -124,7 +125,9 @@ def _threshold(module: Any) -> TLU:
 
 def _of_maps(module: Any) -> dict[str, Any]:
     """What is told alike of norms that take maps (N, C, H, W) and are like none of torch's."""
+    computed = [name for name in ("v", "tau") if parametrize.is_parametrized(module, name)]
     return {
+        "obstacle": f"its {computed[0]} is parametrized; remove that first" if computed else "",
         "num_features": module.weight.numel(),
         "eps": module.eps,
         "momentum": getattr(module, "momentum", 0.1),
@@ -142,12 +145,14 @@ class _Spread(Pool):
 def _read_simple_norm(module: Any, channel_dim: int = -1) -> NormState:
     """Read a norm that divides by the deviation over the channels and subtracts no mean."""
     shape, weight = tuple(module.normalized_shape), module.weight
+    dim = 2 if channel_dim == 1 else None
     return NormState(
         norm="",
         kind="simple_norm",
         num_features=math.prod(shape),
         rule=Rule.always(_Spread("position", centred=False, unbiased=True)),
         eps=module.eps,
+        dim=dim,
         channel_dim=channel_dim,
         obstacle=over_several(shape, weight),
         **tensors(module),

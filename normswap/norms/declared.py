@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from normswap.norms.base import place
 from normswap.norms.entry import AFFINE, BATCH_SOURCES, MOMENTUM, SYNC, NormEntry, Option
+from normswap.norms.fidelity import Fidelity
 from normswap.norms.plain import PlainNorm
 from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
@@ -118,7 +119,16 @@ class _Declared:
             own=tuple(name for name, _ in sketch.named_parameters()),
             kept=partial(sketch.kept, state) if cls.retells else None,
         )
-        return sketch.started(state, start)
+        return sketch.started(state, self._honest(state, sketch.eps, start))
+
+    def _honest(self, state: NormState, eps: float, start: Start) -> Start:
+        """No more promised than holds of what is kept in terms of the norm's own."""
+        most = Fidelity.EXACT
+        if self.cls.absorbs_eps and eps != state.eps:
+            most = Fidelity.EVAL  # what is kept makes up for it there
+        if self.cls.retells and not state.tracks:
+            most = Fidelity.AFFINE  # what is kept begins anew
+        return replace(start, fidelity=start.fidelity.at_most(most))
 
     @staticmethod
     def _shell(state: NormState, make: partial[PlainNorm]) -> nn.Module:

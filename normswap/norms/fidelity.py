@@ -29,5 +29,9 @@ class Fidelity(str, Enum):
         """0 for the best, growing as fidelity falls."""
         return list(Fidelity).index(self)
 
+    def at_most(self, other: Fidelity) -> Fidelity:
+        """The less faithful of the two."""
+        return max(self, other, key=lambda each: each.rank)
+
     def __str__(self) -> str:
         return self.value

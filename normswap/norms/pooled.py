@@ -6,7 +6,6 @@ every rule has, some twice, so that its gradient is written by hand.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -25,37 +24,32 @@ def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     It is the mean of the variances and the variance
     of the means, where every sample's channel has as many positions. Differentiable twice.
     """
-    count = mean.shape[dim]
-    part = 1 / count if count else math.nan
     if should_be_plain():
-        return _pooled(mean, var, dim, part)
-    # A number in a tensor is taken as it is, where one of Python's is made a tensor each time.
-    centre, spread = _Pool.apply(mean, var, dim, torch.full((), part, dtype=mean.dtype))
+        return _pooled(mean, var, dim)
+    centre, spread = _Pool.apply(mean, var, dim)
     return centre, spread
 
 
-def _pooled(mean: Tensor, var: Tensor, dim: int, part: Tensor | float) -> tuple[Tensor, Tensor]:
+def _pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     stays = dim > 0
-    centre = mean.sum(dim, keepdim=stays) * part
+    centre = mean.mean(dim, keepdim=stays)
     away = mean - centre
-    return centre, torch.addcmul(var, away, away).sum(dim, keepdim=stays) * part
+    return centre, torch.addcmul(var, away, away).mean(dim, keepdim=stays)
 
 
 class _Pool(torch.autograd.Function):
     """mean, var -> centre, spread, along a dimension."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mean: Tensor, var: Tensor, dim: int, part: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        centre, spread = _pooled(mean, var, dim, part)
+    def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        centre, spread = _pooled(mean, var, dim)
         ctx.save_for_backward(mean, centre)
-        ctx.part = part
+        ctx.count = mean.shape[dim]
         return centre, spread
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         mean, centre = ctx.saved_tensors
-        shift, share = (grad * ctx.part for grad in grads)
+        shift, share = (grad / ctx.count for grad in grads)
         dmean = torch.addcmul(shift, mean - centre, share, value=2)
-        return dmean, share.expand_as(mean), None, None
+        return dmean, share.expand_as(mean), None

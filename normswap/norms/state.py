@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,9 +122,8 @@ class NormState:
 
     def behind(self, norm: nn.Module) -> dict[str, nn.Module]:
         """What runs after the norm that was read, by name, in order."""
-        children = norm._modules
-        held = {name: children.get(name) or self.within[name]() for name in self.tail}
-        return held
+        held: dict[str, Any] = norm._modules
+        return {name: held[name] if name in held else self.within[name]() for name in self.tail}
 
     def gain_and_offset(self) -> tuple[Tensor, Tensor]:
         """What weight and bias make in what the norm computes, (C,) each, in double precision."""

@@ -19,13 +19,13 @@ from normswap.swap.carry import carry_over
 from normswap.swap.changes import Changes
 from normswap.swap.fast_path import keep_in_step
 from normswap.swap.folding import keep_from_folding
+from normswap.swap.handover import model_place
 from normswap.swap.inputs import keep_asking
 from normswap.swap.journal import (
     Record,
     Skip,
     keep,
     let_lapse,
-    model_place,
     put_back,
     records,
     remember_skips,

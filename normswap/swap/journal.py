@@ -17,6 +17,7 @@ from normswap.norms.start import Start
 from normswap.norms.state import NormState
 from normswap.swap.carry import share_hooks
 from normswap.swap.changes import ABSENT, Changes
+from normswap.swap.handover import anchor, follow, hand_over, lent, take_back, tensor_of
 from normswap.swap.kept import Kept
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "Skip",
     "keep",
     "let_lapse",
-    "model_place",
     "put_back",
     "record_of",
     "records",
@@ -51,6 +51,7 @@ class Record:
         note: what was worth saying about it.
         carried: names of tensors that are still the original's own.
         names: what the original calls tensors, by their names here, where it calls them otherwise.
+        lent: what the original calls parameters that children of the norm hold, by their paths.
         saved: values that a start rewrote, by the tensor's name, as they were.
         flags: ``requires_grad`` of tensors that a start froze, by name, as it was.
         dtype: floating-point type of the norm, or of the model, when it was put in place.
@@ -63,6 +64,7 @@ class Record:
     note: str
     carried: frozenset[str]
     names: Mapping[str, str] = field(default_factory=dict)
+    lent: Mapping[str, str] = field(default_factory=dict)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     flags: Mapping[str, bool] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
@@ -135,13 +137,14 @@ def keep(
         note=start.note,
         carried=made.carried,
         names=dict(state.names),
-        saved={name: _tensor(state, name).detach().clone() for name in made.rewrites},
+        lent=lent(made.module, old, state.own),
+        saved={name: tensor_of(state, name).detach().clone() for name in made.rewrites},
         flags={
             name: not flag
             for name, flag in made.requires_grad.items()
-            if _tensor(state, name).requires_grad != flag
+            if tensor_of(state, name).requires_grad != flag
         },
-        dtype=_anchor(made.module, place).dtype,
+        dtype=anchor(made.module, place).dtype,
         beside=beside,
     )
     earlier = record_of(old)
@@ -155,13 +158,15 @@ def keep(
 def _chain(earlier: Record, step: Record, made: Furnished) -> Record:
     """The record that leads over two steps at once."""
     gone = earlier.carried - made.carried
-    _hand_over(earlier.original, step.original, _held(earlier, gone))
+    hand_over(earlier.original, step.original, _held(earlier, gone))
+    take_back(earlier.original, step.original, earlier.lent)
     flags = dict(step.flags) | dict(earlier.flags)
     return replace(
         step,
         original=earlier.original,
         carried=earlier.carried & step.carried,
         names=earlier.names,
+        lent=earlier.lent,
         saved={k: v for k, v in step.saved.items() if k in earlier.carried} | dict(earlier.saved),
         flags={k: flag for k, flag in flags.items() if made.requires_grad.get(k) != flag},
         dtype=earlier.dtype,
@@ -184,12 +189,12 @@ def remember_fit(
     """
     record: Record = vars(norm)[_RECORD]
     rewritten = {
-        name: _tensor(norm, name).detach().clone()
+        name: tensor_of(norm, name).detach().clone()
         for name in values
         if name in record.carried and name not in record.saved
     }
     for name, value in values.items():
-        changes.writes.append((_tensor(norm, name), value))
+        changes.writes.append((tensor_of(norm, name), value))
     fitted = replace(
         record,
         fidelity=Fidelity.CALIBRATED,
@@ -225,10 +230,11 @@ def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes
         recall(original, owner)
     refresh(current)
     carried = _held(record, record.carried)
-    _hand_over(original, current, carried)
-    anchor = _anchor(current, place)
-    dtype = None if anchor.dtype == record.dtype else anchor.dtype
-    _follow(original, anchor.device, dtype, skip=carried)
+    hand_over(original, current, carried)
+    back = take_back(original, current, record.lent)
+    here = anchor(current, place)
+    dtype = None if here.dtype == record.dtype else here.dtype
+    follow(original, here.device, dtype, skip=carried | back)
     original.training = current.training
     share_hooks(current, original)
     if isinstance(original, FunctionalNorm):
@@ -236,72 +242,13 @@ def put_back(current: nn.Module, record: Record, place: Tensor, changes: Changes
     else:
         changes.modules.append((current, original))
     for name, value in record.saved.items():
-        tensor = _tensor(original, record.names.get(name, name))
+        tensor = tensor_of(original, record.names.get(name, name))
         if not value.is_meta or tensor.is_meta:  # a model that was without weights has some now
             changes.writes.append((tensor, value.to(tensor).view_as(tensor)))
     for name, flag in record.flags.items():
-        changes.flags.append((_tensor(original, record.names.get(name, name)), flag))
-
-
-def model_place(model: nn.Module) -> Tensor:
-    """A floating-point tensor of the model, for its device and dtype."""
-    tensors = (*model.parameters(), *model.buffers())
-    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-
-
-def _anchor(module: nn.Module, place: Tensor) -> Tensor:
-    """A tensor that tells where a norm is and in which precision: its own, or the model's."""
-    tensors = (*module.parameters(), *module.buffers())
-    return next((t for t in tensors if t.is_floating_point()), place)
+        changes.flags.append((tensor_of(original, record.names.get(name, name)), flag))
 
 
 def _held(record: Record, names: frozenset[str]) -> frozenset[str]:
     """What the original, and what keeps its keys, call these tensors."""
     return frozenset(record.names.get(name, name) for name in names)
-
-
-def _tensor(holder: nn.Module | NormState, name: str) -> Tensor:
-    tensor = getattr(holder, name)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{type(holder).__name__}.{name} is no tensor")
-    return tensor
-
-
-def _hand_over(to: nn.Module, current: nn.Module, names: frozenset[str]) -> None:
-    """Let ``to`` hold the very tensors that ``current`` holds now under these names.
-
-    A buffer that became a parameter, as of a norm frozen by its class, becomes a buffer again.
-    """
-    for name in names & current._parameters.keys():
-        parameter = current._parameters[name]
-        if to._parameters.get(name) is not None:
-            to._parameters[name] = parameter
-        elif to._buffers.get(name) is not None and parameter is not None:
-            to._buffers[name] = parameter.detach()
-    for name in names & current._buffers.keys():
-        if to._buffers.get(name) is not None:
-            to._buffers[name] = current._buffers[name]
-
-
-def _follow(
-    module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, skip: frozenset[str]
-) -> None:
-    """Move the module's own tensors, except those named, to a device and if given to a dtype."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if tensor.is_meta and device.type != "meta":
-            return torch.empty_like(tensor, dtype=to, device=device)
-        return tensor.detach().to(device=device, dtype=to)
-
-    for name, parameter in module._parameters.items():
-        if parameter is None or name in skip:
-            continue
-        if parameter.is_meta and device.type != "meta":  # such data cannot be set
-            flag = parameter.requires_grad
-            module._parameters[name] = nn.Parameter(moved(parameter), requires_grad=flag)
-        else:
-            parameter.data = moved(parameter)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in skip:
-            module._buffers[name] = moved(buffer)

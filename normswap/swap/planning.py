@@ -186,7 +186,8 @@ def _step(site: NormSite, target: Target, carry: Carry, surroundings: Surroundin
 def _checked(site: NormSite, state: NormState, start: Start) -> Start:
     """Refuse a start that would pool over single values, or note that this is not known."""
     pool = start.pool
-    if pool is None or pool == state.rule.train:
+    same = pool == state.rule.train
+    if pool is None or (same and pool.meets):
         return start
     for shape in site.input_shapes or ():
         sizes = list(shape)
@@ -196,7 +197,7 @@ def _checked(site: NormSite, state: NormState, start: Start) -> Start:
                 f"on its input {shape} each statistic would be pooled over a single value",
                 f"{_REMEDIES[pool.over]}, or leave it out by skip=",
             )
-    if site.input_shapes is not None or pool.values(1, state.num_features, 1) > 1:
+    if same or site.input_shapes is not None or pool.values(1, state.num_features, 1) > 1:
         return start
     unchecked = "pool size unchecked without example_inputs"
     return replace(start, note=f"{start.note}; {unchecked}" if start.note else unchecked)

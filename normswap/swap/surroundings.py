@@ -21,7 +21,8 @@ from normswap.norms.beside import Activation, Neighbour, Previous, Stream
 from normswap.norms.functional import FunctionalNorm, owner_of
 from normswap.norms.renamed import whole
 from normswap.norms.state import NormState
-from normswap.swap.journal import model_place, record_of
+from normswap.swap.handover import model_place
+from normswap.swap.journal import record_of
 
 __all__ = ["Surroundings"]
 

@@ -47,3 +47,12 @@ def test_the_plain_formula_is_the_same() -> None:
     plain = torch.func.grad(total, argnums=(0, 1))(mean.detach(), var.detach())
     for one, other in zip(by_hand, plain, strict=True):
         close(one, other)
+
+
+def test_the_default_device_is_no_matter() -> None:
+    mean, var = parts()
+    expected = pooled(mean, var, 1)
+    with torch.device("meta"):
+        found = pooled(mean, var, 1)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)

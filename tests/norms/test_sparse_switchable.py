@@ -79,6 +79,18 @@ def test_the_gradient_of_sparsestmax_is_differentiable() -> None:
 
 
 @pytest.mark.usefixtures("_way")
+def test_many_gradients_at_once_are_as_each_alone() -> None:
+    rows = torch.stack([logits(seed) for seed in range(4)]).requires_grad_()
+    shares = sparsestmax(rows, torch.tensor([0.3], dtype=torch.float64))
+    directions = values(5, 4, 3)
+    (together,) = torch.autograd.grad(
+        shares, rows, directions, is_grads_batched=True, retain_graph=True
+    )
+    alone = [torch.autograd.grad(shares, rows, each, retain_graph=True)[0] for each in directions]
+    close(together, torch.stack(alone))
+
+
+@pytest.mark.usefixtures("_way")
 def test_several_rows_are_as_each_alone() -> None:
     rows = torch.stack([logits(seed) for seed in range(8)])
     radius = torch.tensor([0.5], dtype=torch.float64)

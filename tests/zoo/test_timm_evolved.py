@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import normswap
 from normswap.errors import StatisticsError
@@ -160,3 +161,70 @@ def test_what_is_a_norm_and_an_activation_in_one_is_not_calibrated() -> None:
     normswap.convert(model, "gn", where="1")
     with pytest.raises(StatisticsError, match="in one"):
         normswap.calibrate(model, [picture()])
+
+
+def threshold() -> Any:
+    return around(_filled(layers.FilterResponseNormTlu2d(CHANNELS)))
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace("1.tau", "1.act.tau"): 2 * value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("targets", [["frn"], ["gn"], ["gn", "frn", "identity"]])
+def test_a_threshold_comes_back_as_it_has_become_whatever_holds_it_now(targets: list[str]) -> None:
+    model, meta = threshold(), threshold().to("meta")
+    loaded = renamed(model.state_dict())
+    for converted in (model, meta):
+        for target in targets:
+            normswap.convert(converted, target, where="1")
+        converted.load_state_dict(loaded, strict=False, assign=True)
+        normswap.revert(converted)
+        assert torch.equal(converted[1].tau, loaded["1.act.tau"])
+
+
+def test_a_threshold_follows_where_parameters_are_made_anew() -> None:
+    model = threshold()
+    normswap.convert(model, "gn", where="1")
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    with torch.no_grad():
+        model[1].act.tau.fill_(2.0)
+    normswap.revert(model)
+    assert model[1].tau.dtype == torch.float64
+    assert bool((model[1].tau == 2.0).all())
+
+
+def test_a_parametrized_threshold_or_slope_is_left_alone_with_the_reason() -> None:
+    for module, name in (
+        (layers.FilterResponseNormTlu2d(CHANNELS), "tau"),
+        (evonorm("EvoNorm2dS0"), "v"),
+    ):
+        parametrize.register_parametrization(module, name, nn.Softplus())
+        with pytest.raises(normswap.errors.NothingToConvert, match=f"its {name} is parametrized"):
+            normswap.plan(around(module), "gn", where="1")
+
+
+def test_single_positions_are_refused_where_ours_would_refuse_them() -> None:
+    model, dot = threshold(), torch.randn(2, 3, 1, 1)
+    model(dot)
+    with pytest.raises(normswap.errors.NothingToConvert, match="a single value"):
+        normswap.convert(model, "frn", where="1", example_inputs=dot)
+
+
+def test_an_empty_sequential_is_an_activation_too() -> None:
+    fused = layers.BatchNormAct2d(CHANNELS, drop_layer=nn.Sequential)
+    fused.act = nn.Sequential()
+    model = around(fused)
+    assert normswap.find(model)[0].activation == "1.act"
+    x = picture()
+    before = model(x)
+    assert torch.allclose(normswap.convert(model, "frozen_bn")(x), before, atol=1e-6)
+
+
+def test_a_norm_of_maps_tells_that_it_takes_maps() -> None:
+    model = around(norm.SimpleNorm2d(CHANNELS))
+    assert isinstance(normswap.convert(model, "bn", where="1")[1], nn.BatchNorm2d)

@@ -36,10 +36,15 @@ class _Twice(Pool):
 
     Where gain and offset of the second follow from those of the first, it is expected to leave
     what the first has made.
+
+    Args:
+        estimated: whether the first pool is what is kept once the batch is in.
+        learned: whether gain and offset of the second are no longer those that follow.
     """
 
     over: Over = "mixture"
     estimated: bool = False
+    learned: bool = False
 
     @property
     def by_channel(self) -> bool:
@@ -135,27 +140,37 @@ class BatchChannelNorm(GroupedNorm, MeasuredNorm):
 
     def retold(self) -> dict[str, Any]:
         """What the second gain and offset are expected to make of the first."""
-        if self.group_weight.is_meta:
+        if not self._has_learned():
             return {}
-        one = precise(self.group_weight.new_ones(self.num_features))
-        weight = one if self.weight is None else precise(self.weight)
-        bias = torch.zeros_like(one) if self.bias is None else precise(self.bias)
-        own, leaving = (self.group_weight, self.group_bias), self._leaving(weight, bias)
-        pairs = tuple(zip(own, leaving, strict=True))
-        if all(torch.equal(tensor, value.to(tensor.dtype)) for tensor, value in pairs):
-            return {}
+        leaving = self._leaving(*self._first())
         scale = precise(self.group_weight) / leaving[0]
         shift = precise(self.group_bias) - scale * leaving[1]
         scale, shift = (each.repeat_interleave(self.channels_per_group) for each in (scale, shift))
         return {"counts": Counts(factor(scale), factor(scale), factor(shift))}
 
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """The first gain and offset, (C,) each, precisely."""
+        one = precise(self.group_weight.new_ones(self.num_features))
+        weight = one if self.weight is None else precise(self.weight)
+        return weight, torch.zeros_like(one) if self.bias is None else precise(self.bias)
+
+    def _has_learned(self) -> bool:
+        """Whether the second gain and offset are others than they start with."""
+        if self.group_weight.is_meta:
+            return False
+        pairs = zip(
+            (self.group_weight, self.group_bias), self._leaving(*self._first()), strict=True
+        )
+        return not all(torch.equal(own, leaving.to(own.dtype)) for own, leaving in pairs)
+
     def pools(self, *, tracks: bool) -> Rule:
         """The batch, and then groups."""
-        group = per_group(self.channels_per_group)
+        group, learned = per_group(self.channels_per_group), self._has_learned()
 
         def twice(batch: Pool) -> Pool:
             shares = ((batch, 0.5, 0.5), (group, 0.5, 0.5))
-            return _Twice(shares=shares, estimated=self.estimated and batch is BATCH)
+            estimated = self.estimated and batch is BATCH
+            return _Twice(shares=shares, estimated=estimated, learned=learned)
 
         return Rule(twice(BATCH), twice(RUNNING if tracks else BATCH))
 

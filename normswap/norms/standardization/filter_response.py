@@ -74,14 +74,14 @@ class Response(Pool):
     """A sample's channel by its mean square.
 
     Args:
-        learned: whether eps is learned, so that a single value is not just divided by itself.
+        extra: what is learned beside eps, so that a single value is not just divided by itself.
     """
 
-    learned: bool = False
+    extra: float | None = None
 
     def values(self, batch: int, num_features: int, length: int) -> int:
         """How many values it is pooled over; enough, where eps is learned."""
-        return max(length, 2) if self.learned else length
+        return length if self.extra is None else max(length, 2)
 
 
 class FilterResponseNorm(MeasuredNorm):
@@ -135,7 +135,11 @@ class FilterResponseNorm(MeasuredNorm):
 
     def pools(self, *, tracks: bool) -> Rule:
         """A sample's channel."""
-        return Rule.always(Response("group", centred=False, learned=self.learned_eps))
+        extra: Tensor | None = self.extra_eps
+        if extra is not None and extra.is_meta:
+            extra = torch.full((1,), EXTRA_EPS, device="cpu")
+        learned = None if extra is None else abs(float(extra))
+        return Rule.always(Response("group", centred=False, extra=learned))
 
     def started(self, state: NormState, start: Start) -> Start:
         """Put a `TLU` in the place of the ReLU that alone follows."""

@@ -83,8 +83,7 @@ def start_weight_standardized(state: NormState, *, carry: Carry = "auto", **opti
     remade = Remade(layer, StandardizedWeight)
     start = start.noted(f"{state.producer.path} standardizes its weight")
     # The same group norm, of another input, is not the same function.
-    lost = max(start.fidelity, Fidelity.AFFINE, key=lambda fidelity: fidelity.rank)
-    return replace(start, fidelity=lost, beside=(remade,))
+    return replace(start, fidelity=start.fidelity.at_most(Fidelity.AFFINE), beside=(remade,))
 
 
 def read_weight_standardized(module: nn.Module) -> NormState:

@@ -32,9 +32,15 @@ __all__ = ["ENTRIES", "TransNorm"]
 
 @dataclass(frozen=True)
 class _Halves(Pool):
-    """Each half of the batch."""
+    """Each half of the batch.
+
+    Args:
+        apart: whether the domains' running statistics differ, and with them what a gain that is
+            the same in eval mode is in training.
+    """
 
     over: Over = "batch"
+    apart: bool = False
 
 
 class TransNorm(OwnTerms, MeasuredNorm):
@@ -143,7 +149,9 @@ class TransNorm(OwnTerms, MeasuredNorm):
 
     def pools(self, *, tracks: bool) -> Rule:
         """Halves of the batch."""
-        return Rule(_Halves(), RUNNING)
+        known, pairs = not self.running_mean_source.is_meta, zip(*self._kept(), strict=True)
+        apart = known and not all(torch.equal(one, other) for one, other in pairs)
+        return Rule(_Halves(apart=apart), RUNNING)
 
     def terms(self, mean: Tensor, var: Tensor, eps: float) -> dict[str, Tensor]:
         """The same for both domains."""

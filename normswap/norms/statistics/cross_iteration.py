@@ -71,6 +71,11 @@ class _Across(Pool):
     batches: int = 1 + BUFFER_NUM
     outside: bool = False
 
+    @property
+    def by_channel(self) -> bool:
+        """Not where it divides by something else than the statistics tell."""
+        return super().by_channel and not self.outside
+
     def divisor(self, var: Tensor, eps: float) -> Tensor:
         """What it divides by."""
         return var.sqrt() + eps if self.outside else super().divisor(var, eps)

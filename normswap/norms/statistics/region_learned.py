@@ -43,9 +43,11 @@ class _Learned(Regions):
 
     Args:
         threshold: by what it does, with what it has learned.
+        learned: whether it has learned anything.
     """
 
     threshold: float = THRESHOLD
+    learned: bool = False
 
 
 class LearnedRegionNorm(RegionNorm):
@@ -95,9 +97,11 @@ class LearnedRegionNorm(RegionNorm):
 
     def pools(self, *, tracks: bool) -> Rule:
         """Both regions, of the batch or of each sample."""
-        return Rule.always(
-            _Learned(self.over, eps_scaled=self.eps_scaled, threshold=self.threshold)
+        learned = any(not each.is_meta and each.any() for each in map(self.get_parameter, self.own))
+        pool = _Learned(
+            self.over, eps_scaled=self.eps_scaled, threshold=self.threshold, learned=learned
         )
+        return Rule.always(pool)
 
     def standardize(self, x: Tensor) -> Tensor:
         """Standardize both regions and apply gain and offset of every position."""

@@ -88,7 +88,8 @@ class MixtureNorm(MeasuredNorm):
 
         def mixture(batch: Pool) -> Pool:
             pools = (per_group(1), per_group(self.num_features), batch)
-            return Pool("mixture", shares=tuple(zip(pools, p, q, strict=True)))
+            shares = tuple(zip(pools, p, q, strict=True))
+            return Pool("mixture", shares=shares, unbiased=self.unbiased)
 
         return Rule(mixture(BATCH), mixture(RUNNING if tracks else BATCH))
 
