@@ -56,3 +56,8 @@ def test_a_norm_lies_where_the_survey_sorts_it(entry: NormEntry) -> None:
     ours = {file.parent.name for file in files if ROOT in file.parents}
     expected = {"bn": "statistics", "identity": "norms", "fold": "norms"}
     assert ours == {expected.get(entry.name, entry.axis)}
+
+
+@pytest.mark.parametrize("name", normswap.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(normswap, name) is not None

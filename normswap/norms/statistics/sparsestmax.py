@@ -45,10 +45,7 @@ def sparsestmax(logits: Tensor, radius: Tensor) -> Tensor:
 
 def at_hand(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at, at no cost."""
-    one = type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_batchedtensor(
-        tensor
-    )
-    return one and tensor.is_cpu and not should_be_plain()
+    return tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) and not should_be_plain()
 
 
 class _Point(torch.autograd.Function):
@@ -65,7 +62,7 @@ class _Point(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled() or not at_hand(grads[0]):
+        if torch.is_grad_enabled() or _stands_for_several(grads[0]):
             return _by_formula(ctx.saved_tensors[0], ctx.rows, grads[0]), None
         made = [row.gradient(grad) for row, grad in zip(ctx.rows, _rows(grads[0]), strict=True)]
         return grads[0].new_tensor(made).reshape(grads[0].shape), None
@@ -74,6 +71,15 @@ class _Point(torch.autograd.Function):
 def _rows(tensor: Tensor) -> list[list[float]]:
     rows: list[list[float]] = tensor.reshape(-1, tensor.shape[-1]).tolist()
     return rows
+
+
+def _stands_for_several(grad: Tensor) -> bool:
+    """Whether it is a gradient of several, as by ``is_grads_batched``, and has no numbers."""
+    try:
+        grad.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)
