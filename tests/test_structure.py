@@ -22,9 +22,16 @@ AXES = ("statistics", "standardization", "affine")
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
     """The parts below ``normswap`` of every module that a file imports when it is imported."""
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("normswap."):
-            for alias in node.names:
-                yield (*(node.module or "").split(".")[1:], alias.name)
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            package, *parts = name.split(".")
+            if package == "normswap":
+                yield tuple(parts)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
