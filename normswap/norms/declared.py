@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.norms.base import place
 from normswap.norms.entry import AFFINE, BATCH_SOURCES, MOMENTUM, SYNC, NormEntry, Option
 from normswap.norms.fidelity import Fidelity
 from normswap.norms.plain import PlainNorm
+from normswap.norms.pool import Rule
 from normswap.norms.reading import layout, tensors
 from normswap.norms.start import Carry, Start, begin
-from normswap.norms.state import NormState
+from normswap.norms.state import RUNNING_STATISTICS, Itself, NormState
 
 __all__ = ["declared"]
 
@@ -106,28 +107,49 @@ class _Declared:
             sketch = make()
         shares = cls.tracks and not cls.retells
         running = shares and (state.tracks or state.kind != "batch_norm")
-        start = begin(
-            state,
-            partial(self._shell, state, make),
-            sketch.pools(tracks=running),
-            carry=carry,
-            eps=None if cls.absorbs_eps else sketch.eps,
-            affine=affine,
-            running=running,
-            note=sketch.note(state),
-            counts=cls.counts,
-            own=tuple(name for name, _ in sketch.named_parameters()),
-            kept=partial(sketch.kept, state) if cls.retells else None,
-        )
+
+        def begun(source: NormState, rule: Rule) -> Start:
+            return begin(
+                source,
+                partial(self._shell, state, make),
+                rule,
+                carry=carry,
+                eps=None if cls.absorbs_eps else sketch.eps,
+                affine=affine,
+                running=running,
+                note=sketch.note(state),
+                counts=cls.counts,
+                own=tuple(name for name, _ in sketch.named_parameters()),
+                kept=partial(sketch.kept, state) if cls.retells else None,
+            )
+
+        if self._goes_on(state, sketch, carry) and state.itself is not None:
+            terms = state.itself.terms
+            same = replace(state, rule=state.itself.rule, counts=cls.counts, obstacle="")
+            start = begun(same, _sketched(sketch, state, terms).pools(tracks=running))
+            if start.fidelity.rank <= Fidelity.EVAL.rank:
+                start = sketch.started(state, self._honest(state, sketch.eps, start))
+                return replace(start, kept=partial(_kept, start.kept, terms))
+            with torch.device("meta"):
+                sketch = make()
+        start = begun(state, sketch.pools(tracks=running))
+        if cls.retells and not state.tracks:  # what it keeps begins anew
+            start = replace(start, fidelity=start.fidelity.at_most(Fidelity.AFFINE))
         return sketch.started(state, self._honest(state, sketch.eps, start))
 
+    def _goes_on(self, state: NormState, sketch: PlainNorm, carry: Carry) -> bool:
+        """Whether the source is such a norm, all whose own tensors fit into the new one."""
+        if state.norm != self.name or state.itself is None or carry == "fresh":
+            return False
+        theirs, ours = (
+            {name: tensor.shape for name, tensor in terms.items()}
+            for terms in (state.itself.terms, _terms(sketch))
+        )
+        return bool(theirs) and theirs == ours
+
     def _honest(self, state: NormState, eps: float, start: Start) -> Start:
-        """No more promised than holds of what is kept in terms of the norm's own."""
-        most = Fidelity.EXACT
-        if self.cls.absorbs_eps and eps != state.eps:
-            most = Fidelity.EVAL  # what is kept makes up for it there
-        if self.cls.retells and not state.tracks:
-            most = Fidelity.AFFINE  # what is kept begins anew
+        """No more promised than in eval mode, where what is kept makes up for another eps."""
+        most = Fidelity.EVAL if self.cls.absorbs_eps and eps != state.eps else Fidelity.EXACT
         return replace(start, fidelity=start.fidelity.at_most(most))
 
     @staticmethod
@@ -159,6 +181,40 @@ class _Declared:
             dim=module.dim,
             settings=module.settings(option.name for option in self.options) | shared,
             obstacle=module.obstacle(),
+            itself=Itself(held["rule"], _terms(module)),
             retold=self.cls.retells,
             **told,
         )
+
+
+def _terms(norm: PlainNorm) -> dict[str, Tensor]:
+    """The tensors that mean something to a norm only; none where a layer of its own has some."""
+    layers = [
+        layer for name, layer in norm._modules.items() if layer is not None and name in norm.own
+    ]
+    if any(next(layer.parameters(), None) is not None for layer in layers):
+        return {}
+    names = (*norm.own, *RUNNING_STATISTICS) if norm.retells else norm.own
+    held = {name: getattr(norm, name, None) for name in names}
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
+def _sketched(sketch: PlainNorm, state: NormState, terms: Mapping[str, Tensor]) -> PlainNorm:
+    """A sketch of a norm with the numbers that it will have."""
+    numbers = {"weight": state.weight, "bias": state.bias, **terms}
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        if name in sketch._parameters:
+            value = value.detach()
+            sketch._parameters[name] = nn.Parameter(value, requires_grad=False)
+        else:
+            sketch._buffers[name] = value
+    return sketch
+
+
+def _kept(
+    kept: Callable[[], Mapping[str, Tensor]], terms: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a start keeps, and copies of the source's own tensors."""
+    return {**kept(), **{name: value.detach().clone() for name, value in terms.items()}}

@@ -22,6 +22,7 @@ __all__ = [
     "AFFINE_TENSORS",
     "RUNNING_STATISTICS",
     "TENSORS",
+    "Itself",
     "NormState",
     "batch_rule",
     "fresh_state",
@@ -31,6 +32,20 @@ __all__ = [
 AFFINE_TENSORS = ("weight", "bias")
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 TENSORS = (*AFFINE_TENSORS, *RUNNING_STATISTICS)
+
+
+@dataclass(frozen=True)
+class Itself:
+    """What a norm is in terms of its own, for the same norm with another setting.
+
+    Args:
+        rule: what it pools over, with what it has learned.
+        terms: the tensors that mean something to such a norm only, by name; none if it has others
+            than its own.
+    """
+
+    rule: Rule
+    terms: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class NormState:
         trainable: whether weight and bias were trainable before a freeze, by name.
         parametrized: whether weight or bias is computed by a parametrization.
         counts: how weight and bias enter what the norm computes.
+        itself: the norm in terms of its own, where it has some.
         names: what the module calls tensors, by their names here, where it calls them otherwise.
         obstacle: why the affine cannot be carried to another family; empty if it can.
         producer: the layer that feeds the norm, told only where the target needs it.
@@ -101,6 +117,7 @@ class NormState:
     trainable: Mapping[str, bool] = field(default_factory=dict)
     parametrized: bool = False
     counts: Counts = PLAIN
+    itself: Itself | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     obstacle: str = ""
     producer: Neighbour = field(default_factory=Neighbour)

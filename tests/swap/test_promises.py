@@ -119,3 +119,24 @@ def test_an_eps_outside_of_the_root_is_made_up_for(var: float) -> None:
     plan = normswap.plan(model, normswap.spec("cbn", eps_outside=True), where="1")
     assert plan[0].fidelity == "eval"
     assert float((plan.apply()(x) - before).norm() / before.norm()) < 1e-5
+
+
+MOVING = [e.name for e in ENTRIES if e.stands_alone and "momentum" in {o.name for o in e.options}]
+
+
+@pytest.mark.parametrize("norm", MOVING)
+@torch.no_grad()
+def test_another_momentum_leaves_all_that_was_learned(norm: str) -> None:
+    model = model_of(norm)
+    x = numbers(torch.empty(8, CHANNELS, 6, 6), 7) * 4 - 1
+    outputs = {mode: _run(model, x, mode) for mode in (True, False)}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = normswap.plan(model, normswap.spec(norm, momentum=0.3), where="1")
+    assert [str(step.fidelity) for step in plan] == ["exact"]
+    plan.apply()
+    assert model[1].momentum == 0.3
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    for mode, wanted in outputs.items():
+        assert torch.equal(_run(model, x, mode), wanted)
