@@ -101,7 +101,8 @@ class GhostBatchNorm(MeasuredNorm):
     ) -> tuple[Tensor, Tensor]:
         """Mean over the parts of means and unbiased variances; or of the batch, for a pass."""
         if self.plain_statistics:
-            (centre, spread), values = pooled(mean, var, 0), [sum(values)]
+            centre, spread = (each[None] for each in pooled(mean, var, 0))
+            values = [sum(values)]
         unbiased = spread.new_tensor([n / (n - 1) for n in values]).unsqueeze(1)
         return centre.mean(0), (spread * unbiased).mean(0)
 
