@@ -216,5 +216,11 @@ def _sketched(sketch: PlainNorm, state: NormState, terms: Mapping[str, Tensor]) 
 def _kept(
     kept: Callable[[], Mapping[str, Tensor]], terms: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What a start keeps, and copies of the source's own tensors."""
-    return {**kept(), **{name: value.detach().clone() for name, value in terms.items()}}
+    """What a start keeps, and copies of the source's own tensors; what was held fixed stays so."""
+    copies = {name: value.detach().clone() for name, value in terms.items()}
+    fixed = {
+        name: nn.Parameter(copies[name], requires_grad=False)
+        for name, value in terms.items()
+        if isinstance(value, nn.Parameter) and not value.requires_grad
+    }
+    return {**kept(), **copies, **fixed}

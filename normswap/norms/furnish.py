@@ -102,6 +102,6 @@ def _fresh(name: str, state: NormState) -> Tensor:
 def _fill(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a tensor that the shell has of its own its value, device and dtype included."""
     if name in module._parameters:
-        module._parameters[name] = nn.Parameter(value)
+        module._parameters[name] = _parameter(value, frozen=False)
     else:
         module._buffers[name] = value

@@ -21,8 +21,8 @@ def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
     Over samples with ``dim=0``, which leaves (C,). Over channels with 1, and the dimension stays
     as one; groups of channels are made before, by ``unflatten(1, (groups, -1))`` and ``dim=2``.
-    It is the mean of the variances and the variance
-    of the means, where every sample's channel has as many positions. Differentiable twice.
+    It is the mean of the variances and the variance of the means, where every sample's channel has
+    as many positions. Differentiable twice.
     """
     if should_be_plain():
         return _pooled(mean, var, dim)

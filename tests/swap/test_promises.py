@@ -140,3 +140,11 @@ def test_another_momentum_leaves_all_that_was_learned(norm: str) -> None:
     assert all(torch.equal(after[key], value) for key, value in before.items())
     for mode, wanted in outputs.items():
         assert torch.equal(_run(model, x, mode), wanted)
+
+
+def test_what_was_held_fixed_stays_so_with_another_setting() -> None:
+    model = model_of("ssn")
+    model[1].mean_weight.requires_grad_(False)
+    normswap.convert(model, normswap.spec("ssn", momentum=0.3), where="1")
+    assert not model[1].mean_weight.requires_grad
+    assert model[1].var_weight.requires_grad
