@@ -181,6 +181,42 @@ def test_a_large_mean_does_not_spoil_the_variance(
     torch.testing.assert_close(got_var.double(), exact.var(2, correction=0), rtol=within, atol=0)
 
 
+def rectified(x: Tensor) -> Tensor:
+    """Half of all values are one and the same, which rounds each step of a sum the same way."""
+    return x.relu()
+
+
+def with_an_outlier(x: Tensor) -> Tensor:
+    """In the middle, where a value is taken to tell what the others are."""
+    x[..., x.shape[-1] // 2] = 40.0
+    return x
+
+
+@pytest.mark.parametrize("positions", [16, 49, 529, 784, 3136, 12544, 2 * 6277])
+@pytest.mark.parametrize("mean", [0.0, 0.3, 1.0, -1.8, 2.2])
+@pytest.mark.parametrize("made", [torch.sin, rectified, with_an_outlier])
+def test_variances_are_precise_whatever_the_values_are_like(
+    made: Callable[[Tensor], Tensor], mean: float, positions: int
+) -> None:
+    x = made(values(4, 64, positions)) + mean
+    got_mean, got_var = moments(x.float())
+    exact = x.float().double()
+    var = exact.var(2, correction=0)
+    torch.testing.assert_close(got_var.double(), var, rtol=3e-6, atol=0)
+    off = (got_mean.double() - exact.mean(2)).abs() / var.sqrt()
+    assert off.max() < 2e-6
+
+
+@pytest.mark.parametrize("far", [1, 3, 40, 64])
+def test_some_rows_may_be_far_from_zero_among_others(far: int) -> None:
+    x = values(1, 64, 200)
+    x[:, :far] += torch.linspace(3, 300, far).view(1, far, 1)
+    mean, var = moments(x.float())
+    exact = x.float().double()
+    torch.testing.assert_close(mean.double(), exact.mean(2), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(var.double(), exact.var(2, correction=0), rtol=5e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", SLACK, ids=str)
 @pytest.mark.parametrize("positions", [1, 20, 500])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,20 +13,15 @@ from torch import Tensor
 
 from normswap.norms.passes import plain
 from normswap.norms.passes.native import batch_norm_sums
-from normswap.norms.passes.plain import two_pass
-from normswap.norms.passes.shapes import beside, work_dtype
+from normswap.norms.passes.row_moments import row_moments
+from normswap.norms.passes.shapes import beside
 
 __all__ = ["channel_sums", "combined", "moments", "scaled"]
-
-#: Group norm's variance is off by about 1e-7 relative for every deviation that the mean is from
-#: zero: beyond ten deviations rows are measured again.
-FAR = 1e2
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the positions."""
-    rows = x.reshape(-1, math.prod(x.shape[2:]))
-    mean, var = _of_rows(rows)
+    mean, var = row_moments(x.reshape(-1, math.prod(x.shape[2:])))
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
 
@@ -53,21 +48,3 @@ def combined(dy: Tensor, x: Tensor, gain: Tensor, slope: Tensor, shift: Tensor) 
     if x.dtype == gain.dtype:
         return scaled(dy, gain, shift).addcmul_(x, beside(slope, x))
     return plain.combined(dy, x, gain, slope, shift)
-
-
-def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Group norm with a group for each row tells mean and 1/deviation.
-
-    With eps 0 the deviation of a constant row is infinite, which is right here, as its output
-    is not used.
-    """
-    count, length = rows.shape
-    one = None if rows.dtype == work_dtype(rows) else rows.new_ones(count, dtype=torch.float32)
-    _, mean, rstd = torch.native_group_norm(
-        rows.view(1, count, length), one, one, 1, count, length, count, 0.0
-    )
-    mean, var = mean.view(-1), rstd.view(-1).reciprocal_().square_()
-    far = (mean.square() > FAR * var).nonzero().squeeze(1)
-    if len(far):
-        mean[far], var[far] = two_pass(rows[far].to(mean.dtype), 1)
-    return mean, var
