@@ -122,7 +122,7 @@ class MeasuredNorm(PlainNorm):
 
         Args:
             mean: of every sample's channel, (N, C).
-            var: its biased variance, likewise; `within` is what it is multiplied by.
+            var: its biased variance times `within`, likewise.
             positions: how many values each was taken of.
 
         Raises:
@@ -130,13 +130,12 @@ class MeasuredNorm(PlainNorm):
         """
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
-        within = self.within(positions)
-        of_each = var if within == 1.0 else var * within
-        centre, spread, total = self.of_batch(mean, of_each, positions)
+        centre, spread, total = self.of_batch(mean, var, positions)
         if self.training and total:
-            kept = pooled(mean, var, 0)[1] if self.plain_statistics else spread
-            as_torch = within == 1.0 or self.plain_statistics
-            self._track(centre, kept, total / (total - 1) if as_torch else 1.0)
+            kept, within = spread, self.within(positions)
+            if self.plain_statistics and within != 1.0:
+                kept, within = pooled(mean, var / within, 0)[1], 1.0
+            self._track(centre, kept, total / (total - 1) if within == 1.0 else 1.0)
         return centre, spread
 
     def of_batch(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor, int]:

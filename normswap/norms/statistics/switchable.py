@@ -67,8 +67,9 @@ class MixtureNorm(MeasuredNorm):
 
     def rule(self, mean: Tensor, var: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Mix the statistics of channel, sample and batch."""
+        within = self.within(positions)
+        var = var if within == 1.0 else var * within
         of_batch = self.over_batch(mean, var, positions)
-        var = var * self.within(positions)
         of_sample = pooled(mean, var, 1)
         shares = self.shares(torch.stack([self.mean_weight, self.var_weight]).to(mean.dtype))
         if self.training and not self.observed:
