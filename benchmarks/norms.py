@@ -2,9 +2,11 @@
 
 Run it with ``python benchmarks/norms.py``, for some norms with their names behind it, for two
 threads with ``--threads 2``, on a GPU with ``--device cuda``. Forward and backward of one layer in
-training, float32, contiguous. Rounds are interleaved; a time is the least of the medians of several
-blocks of rounds, in processor time with one thread, in real time with more, and by the device's own
-events on a GPU, from the first launch to the end. A second BatchNorm2d is the control.
+training, float32, contiguous, of normal numbers; ``--mean`` is how many deviations they are from
+zero, as on the processor a norm by a rule measures again what is more than two. Rounds are
+interleaved; a time is the least of the medians of several blocks of rounds, in processor time with
+one thread, in real time with more, and by the device's own events on a GPU, from the first launch
+to the end. A second BatchNorm2d is the control.
 
 On a GPU there is also what the bytes take: forward reads a map twice and writes one, backward reads
 both twice and writes one, which is four copies. A map that fits its cache is copied faster than
@@ -109,10 +111,10 @@ def kept(norm: nn.Module, x: Tensor) -> float:
 
 
 def rows(
-    names: Sequence[str], shape: tuple[int, ...], device: str, stopwatch: Stopwatch
+    names: Sequence[str], shape: tuple[int, ...], mean: float, device: str, stopwatch: Stopwatch
 ) -> Iterator[Sequence[str]]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(device).requires_grad_()
+    x = (torch.randn(shape, generator=generator) + mean).to(device).requires_grad_()
     dy = torch.randn(shape, generator=generator).to(device)
     norms = {what: norm.to(device) for what, norm in contenders(names, shape[1]).items()}
     if device == "cuda":
@@ -149,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What one norm costs in training.")
     parser.add_argument("names", nargs="*", metavar="name", help="norms; default all")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--mean", type=float, default=0.0, help="deviations of the input from zero")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     asked = parser.parse_args()
     names = [normswap.spec(name).name for name in asked.names] or known()
@@ -169,7 +172,7 @@ def main() -> None:
                 "kept, × input",
                 "kept by the textbook",
             ),
-            rows(names, shape, asked.device, stopwatch),
+            rows(names, shape, asked.mean, asked.device, stopwatch),
         )
         print(table, flush=True)
 
