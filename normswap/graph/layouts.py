@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.fx
 
-__all__ = ["sources"]
+__all__ = ["factor", "sources"]
 
 #: A node and the dimension of it that is meant; ``None`` where a function is none of these.
 Sources = list[tuple[torch.fx.Node, int]] | None
@@ -29,6 +29,31 @@ def sources(node: torch.fx.Node, dim: int) -> Sources:
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
     rule = _RULES.get(name.strip("_"), _RULES.get(name))
     return rule(node, dim) if rule is not None and "shape" in node.meta else None
+
+
+def factor(node: torch.fx.Node, dim: int) -> tuple[torch.fx.Node, torch.fx.Node] | None:
+    """What is multiplied, and the parameter of as many values as the dimension has that it is by.
+
+    Args:
+        node: a call of a function, in a graph of a recorded run.
+        dim: a dimension of its result.
+
+    Returns:
+        Two nodes, of which the first is of the result's shape, and the second reads an attribute;
+        ``None`` for any other function.
+    """
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if name.strip("_") not in ("mul", "imul", "rmul", "multiply") or len(node.all_input_nodes) != 2:
+        return None
+    for each, by in (node.all_input_nodes, node.all_input_nodes[::-1]):
+        at, place = by, dim - (len(_shape(node)) - len(_shape(by)))
+        if _shape(each) != _shape(node) or place < 0 or math.prod(_shape(by)) != _shape(node)[dim]:
+            continue
+        while (laid_out := sources(at, place)) and len(laid_out) == 1:
+            at, place = laid_out[0]
+        if at.op == "get_attr" and math.prod(_shape(at)) == _shape(node)[dim]:
+            return each, at
+    return None
 
 
 def _sum(node: torch.fx.Node, dim: int) -> Sources:

@@ -154,7 +154,7 @@ class _Recorder(TorchFunctionMode):
     def _call(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> None:
         node = self.graph.create_node(op, target, self._noted(args), self._noted(kwargs))
         self._made(result, node)
-        if result is next(iter((*args, *kwargs.values())), None):
+        if result is next(iter((*args, *kwargs.values())), None) and not self._is_written(result):
             node.meta["passes"] = True
         for tensor in _tensors((args, kwargs, result)):
             self._follow_write(tensor, node)
@@ -173,10 +173,16 @@ class _Recorder(TorchFunctionMode):
         if tensor not in self._written:
             self._written[tensor] = _version(tensor)
 
+    def _is_written(self, value: Any) -> bool:
+        """Whether something was written into a tensor since it was last looked at."""
+        if not isinstance(value, Tensor):
+            return False
+        version = _version(value)
+        return version != self._written.get(value, version)
+
     def _follow_write(self, tensor: Tensor, node: torch.fx.Node) -> None:
         """If a call wrote into a tensor, all that lies in the same memory is another one now."""
-        version = _version(tensor)
-        if version == self._written.get(tensor, version):
+        if not self._is_written(tensor):
             return
         with torch._C.DisableTorchFunction():
             memory = _memory(tensor)

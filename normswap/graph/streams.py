@@ -6,23 +6,27 @@ that is added, and nothing reads the stream but such norms. Jiang, Gu and Pan, "
 Pre-CRMSNorm Transformers", NeurIPS 2023, arXiv 2305.14858.
 
 What is added is followed back through sums and changes of layout to the layers and parameters that
-make it; what reads it is followed forward in the same way.
+make it; what reads it is followed forward in the same way. Between a layer and the stream there may
+be a parameter that scales the channels (LayerScale): what makes the mean 0 behind it is known too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 import torch.fx
 from torch import nn
 
 from normswap.graph.known import is_norm
-from normswap.graph.layouts import sources
+from normswap.graph.layouts import factor, sources
 from normswap.graph.modules import read_site
 from normswap.graph.neighbours import Neighbourhood
-from normswap.norms.beside import Centred, Stream
+from normswap.graph.scaling import scale_of
+from normswap.norms.beside import Centred, Scale, Stream
 from normswap.norms.pool import POSITION, Rule
 
 __all__ = ["Streams"]
@@ -71,8 +75,20 @@ class _NoStream(Exception):
     """Why a stream cannot be centred."""
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the channels are, and what scales them before they are added to the stream."""
+
+    dim: int
+    scale: Scale | None = None
+
+
+#: A node and where its channels are.
+_At = tuple[torch.fx.Node, _Place]
+
+
 class _Walk:
-    """Collects what is on a stream, each with the dimension that its channels are.
+    """Collects what is on a stream or on its way there, each with where its channels are.
 
     Args:
         modules: the model's modules by path.
@@ -80,7 +96,7 @@ class _Walk:
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
-        self._on: dict[torch.fx.Node, int] = {}
+        self._on: dict[torch.fx.Node, _Place] = {}
         self._writers: dict[tuple[int, str], Centred] = {}
         self._training = True
 
@@ -90,14 +106,16 @@ class _Walk:
 
     def reach(self, start: torch.fx.Node, dim: int) -> None:
         """Follow a tensor back to all that writes to it, and forward to all that reads it."""
-        waiting = [(start, dim)]
+        waiting = [(start, _Place(dim))]
         while waiting:
-            node, dim = waiting.pop()
+            node, place = waiting.pop()
             if node not in self._on:
-                self._on[node] = dim
-                waiting += [*self._before(node, dim), *self._behind(node, dim)]
-            elif self._on[node] != dim:
+                self._on[node] = place
+                waiting += [*self._before(node, place), *self._behind(node, place)]
+            elif self._on[node].dim != place.dim:
                 raise _NoStream(f"{_named(node)} has its channels at two places")
+            elif self._on[node] != place:
+                raise _NoStream(f"{_named(node)} is added to its stream with two scales")
 
     def stream(self, nodes: list[torch.fx.Node]) -> Stream:
         """What was found, if its writers write nowhere else."""
@@ -114,39 +132,65 @@ class _Walk:
                 )
         return Stream(tuple(self._writers.values()), self._training, "")
 
-    def _before(self, node: torch.fx.Node, dim: int) -> Iterator[tuple[torch.fx.Node, int]]:
+    def _before(self, node: torch.fx.Node, place: _Place) -> Iterator[_At]:
         """What a tensor on the stream is the sum of, if it is no layer's own output."""
         if node.op == "get_attr":
-            self._writes(node, dim)
+            self._writes(node, place)
         elif node.op == "call_module" and self._passes(node):
-            yield _input(node), dim
+            yield _input(node), place
+        elif found := self._scaled(node, place):
+            yield found
         elif node.op == "call_module":
-            self._layer(node, dim)
-        elif _made_linearly(node) and dim == len(_shape(node)) - 1:
+            self._layer(node, place)
+        elif _made_linearly(node) and place.dim == len(_shape(node)) - 1:
             for weight in _made_linearly(node):
-                self._on[weight] = 0
-                self._writes(weight, 0)
+                self._on[weight] = replace(place, dim=0)
+                self._writes(weight, self._on[weight])
         else:
-            found = sources(node, dim)
-            if found is None:
+            summed = sources(node, place.dim)
+            if summed is None:
                 raise _NoStream(f"{_named(node)} makes what is added to its stream")
-            yield from found
+            yield from ((each, replace(place, dim=dim)) for each, dim in summed)
 
-    def _behind(self, node: torch.fx.Node, dim: int) -> Iterator[tuple[torch.fx.Node, int]]:
+    def _behind(self, node: torch.fx.Node, place: _Place) -> Iterator[_At]:
         """What a tensor on the stream is handed on as, past norms that subtract its mean."""
         for user in node.users:
-            if user.op == "call_module" and self._subtracts(user, node, dim):
+            if user.op == "call_module" and self._subtracts(user, node, place):
                 continue
             if user.op == "call_module" and self._passes(user):
-                yield user, dim
+                yield user, place
                 continue
-            places = range(len(user.meta.get("shape", ()))) if user.op == "call_function" else ()
-            fits = [place for place in places if (node, dim) in (sources(user, place) or ())]
+            if place.scale and self._scaled(user, _Place(place.dim)) == (node, place):
+                yield user, _Place(place.dim)
+                continue
+            dims = range(len(_shape(user))) if user.op == "call_function" else ()
+            fits = [dim for dim in dims if (node, place.dim) in (sources(user, dim) or ())]
             if not fits:
-                raise _NoStream(f"{_named(user)} reads its stream")
-            yield user, fits[0]
+                where = "reads what is scaled for its stream" if place.scale else "reads its stream"
+                raise _NoStream(f"{_named(user)} {where}")
+            yield user, replace(place, dim=fits[0])
 
-    def _subtracts(self, user: torch.fx.Node, node: torch.fx.Node, dim: int) -> bool:
+    def _scaled(self, node: torch.fx.Node, place: _Place) -> _At | None:
+        """What a parameter for each channel makes a tensor on the stream of, by multiplying."""
+        if place.scale is not None:
+            return None
+        if node.op == "call_module":
+            path, shape = str(node.target), _shape(node)
+            module, before = self._modules[path], _input(node)
+            if not (name := scale_of(module, shape[place.dim], place.dim, len(shape))):
+                return None
+            if module._forward_pre_hooks or module._forward_hooks:
+                raise _NoStream(f"a hook sees what {path} scales for its stream")
+        elif found := factor(node, place.dim):
+            before, by = found
+            path, _, name = str(by.target).rpartition(".")
+            if name not in self._modules[path]._parameters:
+                raise _NoStream(f"{by.target}, which is no parameter, scales what is added")
+        else:
+            return None
+        return before, replace(place, scale=Scale(self._modules[path], name))
+
+    def _subtracts(self, user: torch.fx.Node, node: torch.fx.Node, place: _Place) -> bool:
         """Whether a norm reads a tensor only after it has subtracted the mean over a dimension."""
         path = str(user.target)
         module = self._modules[path]
@@ -154,7 +198,7 @@ class _Walk:
             return False
         state = read_site(module, path).state
         at = state.channel_dim % len(_shape(node))
-        return state.rule == Rule.always(POSITION) and at == dim
+        return state.rule == Rule.always(POSITION) and _Place(at) == place
 
     def _passes(self, node: torch.fx.Node) -> bool:
         """Whether a module hands on its input in eval mode; in training dropout may not."""
@@ -167,7 +211,7 @@ class _Walk:
         self._training = self._training and dropout and module.p == 0
         return True
 
-    def _layer(self, node: torch.fx.Node, dim: int) -> None:
+    def _layer(self, node: torch.fx.Node, place: _Place) -> None:
         """Take the mean out of what a layer makes."""
         path = str(node.target)
         module, last = self._modules[path], len(_shape(node)) - 1
@@ -182,24 +226,39 @@ class _Walk:
             at, places = last, {"weight": 1}
         elif _is_conv1d(module):
             at, places = last, {"weight": 1, "bias": 0}
-        if at != dim:
+        if at != place.dim:
             raise _NoStream(f"{path} ({type(module).__name__}) writes to its stream")
-        for name, place in places.items():
-            self._write(module, name, place)
+        for name, dim in places.items():
+            self._write(module, name, replace(place, dim=dim))
 
-    def _writes(self, node: torch.fx.Node, dim: int) -> None:
+    def _writes(self, node: torch.fx.Node, place: _Place) -> None:
         """Take the mean out of a tensor that a forward reads by itself."""
         path, _, name = str(node.target).rpartition(".")
         module = self._modules[path]
         if name not in module._parameters:
             raise _NoStream(f"{node.target}, which is no parameter, is added to its stream")
-        self._write(module, name, dim)
+        self._write(module, name, place)
 
-    def _write(self, module: nn.Module, name: str, dim: int) -> None:
+    def _write(self, module: nn.Module, name: str, place: _Place) -> None:
         if name not in module._parameters:
             raise _NoStream(f"the {name} of a {type(module).__name__} on its stream is computed")
-        if module._parameters[name] is not None:
-            self._writers[id(module), name] = Centred(module, name, dim)
+        if module._parameters[name] is None:
+            return
+        writer = Centred(module, name, place.dim, place.scale)
+        if self._writers.setdefault((id(module), name), writer) != writer:
+            raise _NoStream(f"a {type(module).__name__} is added to its stream with two scales")
+        if place.scale is not None and not _finite(writer):
+            raise _NoStream(
+                f"the {name} of a {type(module).__name__} has no mean to be taken out: what scales "
+                "it for its stream is zero for some channels, or nearly"
+            )
+
+
+def _finite(writer: Centred) -> bool:
+    """Whether a parameter can be centred, as it is."""
+    with torch.no_grad():
+        value = writer.value(lambda module, name: module._parameters[name])
+    return value.is_meta or bool(value.isfinite().all())
 
 
 def _is_plain(module: Any, *classes: type[nn.Module]) -> bool:

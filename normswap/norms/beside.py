@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normswap.norms.precision import precise
+
 __all__ = [
     "Activation",
     "Beside",
@@ -18,6 +20,7 @@ __all__ = [
     "Remade",
     "Replaced",
     "Rewritten",
+    "Scale",
     "Stream",
 ]
 
@@ -122,6 +125,19 @@ class Replaced:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """A parameter of a value for each channel, by which they are multiplied.
+
+    Args:
+        module: whose parameter it is.
+        name: its name there.
+    """
+
+    module: nn.Module
+    name: str
+
+
+@dataclass(frozen=True)
 class Centred:
     """A parameter without its mean over a dimension.
 
@@ -132,11 +148,26 @@ class Centred:
         module: whose parameter it is.
         name: the parameter's name; ``None`` in its place is left.
         dim: the dimension that the channels are.
+        scale: what multiplies the channels behind it, of which the mean is to be 0 then, or
+            ``None``.
     """
 
     module: nn.Module
     name: str
     dim: int
+    scale: Scale | None = None
+
+    def value(self, look: Look) -> Tensor:
+        """What the parameter becomes, in terms of how parameters will be by then."""
+        before: Tensor = look(self.module, self.name)
+        exact = precise(before)
+        if self.scale is None:
+            return (exact - exact.mean(self.dim, keepdim=True)).to(before.dtype)
+        shape = [1] * before.ndim
+        shape[self.dim] = -1
+        scale = precise(look(self.scale.module, self.scale.name)).view(shape)
+        mean = (scale * exact).mean(self.dim, keepdim=True)
+        return (exact - mean / scale).to(before.dtype)
 
 
 @dataclass(frozen=True)

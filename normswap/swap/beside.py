@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.beside import Beside, Centred, Remade, Replaced, Rewritten
-from normswap.norms.precision import precise
 from normswap.norms.remake import parts, remade
 from normswap.swap.changes import Changes
 from normswap.swap.kept import Kept, KeptActivation, KeptClass, KeptMean, KeptParameter
@@ -89,8 +88,7 @@ class Pending:
             return []
         self._centred.add(key)
         with torch.no_grad():
-            exact = precise(before)
-            value = (exact - exact.mean(beside.dim, keepdim=True)).to(before.dtype)
+            value = beside.value(self.look)
             kept = KeptMean(module, name, parameter, before.detach().clone(), value.clone())
             self._put(module, name, value)
         return [kept]

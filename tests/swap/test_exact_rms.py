@@ -164,6 +164,69 @@ def test_a_stream_of_maps_computes_the_same() -> None:
     torch.testing.assert_close(model(image()), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+class LayerScale(nn.Module):
+    """A parameter for each channel, last or first, that what is added is multiplied by."""
+
+    def __init__(self, *ones: int, inplace: bool = False) -> None:
+        super().__init__()
+        self.gamma, self.ones, self.inplace = nn.Parameter(torch.ones(SIZE)), ones, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma.view(-1, *self.ones)
+        return x.mul_(gamma) if self.inplace else x * gamma
+
+
+class LayerScaled(Vision):
+    class Part(Block):
+        def __init__(self, p: float = 0.0) -> None:
+            super().__init__()
+            self.scale1, self.scale2 = LayerScale(), LayerScale(inplace=True)
+            self.drop.p = p
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm1(x)
+            x = x + self.scale1(self.drop(self.attention(y, y, y, need_weights=False)[0]))
+            return x + self.drop(self.scale2(self.down(self.act(self.up(self.norm2(x))))))
+
+    block = Part
+
+
+class ScaledChannels(Channels):
+    class Part(Channels.Part):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = LayerScale(1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale(self.other(self.act(self.one(self.norm(x)))))
+
+    block = Part
+
+
+@pytest.mark.parametrize(("make", "to"), [(LayerScaled, "rms"), (ScaledChannels, "rms2d")])
+def test_what_scales_the_channels_stays_as_it_is(make: Any, to: str) -> None:
+    model = trained(make())
+    before, expected = Snapshot(model), model(image())
+    scales = {key: value.clone() for key, value in model.state_dict().items() if "gamma" in key}
+    plan = normswap.plan(model, to, where="*", exact=True, example_inputs=image())
+    assert all(str(step.fidelity) == "exact" for step in plan)
+    converted(model, image(), to)
+    torch.testing.assert_close(model(image()), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert all(same_bits(model.state_dict()[key], value) for key, value in scales.items())
+    stream = model.patches(image()) if to == "rms2d" else model.stem(image())
+    for block in model.blocks:
+        stream = block(stream)
+        assert stream.mean(1 if to == "rms2d" else -1).abs().max() < TOLERANCE
+    normswap.revert(model)
+    before.assert_kept(model)
+    assert same_bits(model(image()), expected)
+
+
+def test_scaled_and_dropped_it_is_exact_in_evaluation() -> None:
+    plan = normswap.plan(trained(LayerScaled(p=0.5)), "rms", exact=True, example_inputs=image())
+    assert {str(step.fidelity) for step in plan} == {"eval"}
+
+
 # -- where it cannot be ---------------------------------------------------------------------------
 
 
@@ -196,6 +259,53 @@ class Scaled(Vision):
         return super().stem(x) * self.positions.exp()
 
 
+class ReadBeforeItsScale(Vision):
+    class Part(LayerScaled.Part):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(self.up(self.norm1(x)))
+            return x + self.scale1(y) + self.down(self.up(self.norm2(y)))
+
+    block = Part
+
+
+class ScaledTwice(Vision):
+    class Part(LayerScaled.Part):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale1(self.scale2(self.down(self.up(self.norm1(x)))))
+
+    block = Part
+
+
+class ScaledInTwoWays(Vision):
+    class Part(LayerScaled.Part):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.scale1(self.down(self.up(self.norm1(x))))
+            return x + y + self.scale2(self.down(self.up(self.norm2(x + y))))
+
+    block = Part
+
+
+class ScaledByASum(Vision):
+    class Part(LayerScaled.Part):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.scale1.gamma + self.scale2.gamma
+            return x + scale * self.down(self.up(self.norm1(x)))
+
+    block = Part
+
+
+class ScaledByAConstant(Vision):
+    class Part(LayerScaled.Part):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("waves", torch.arange(1.0, SIZE + 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.waves * self.down(self.up(self.norm1(x)))
+
+    block = Part
+
+
 class Given(Vision):
     """Adds what it is given."""
 
@@ -226,9 +336,29 @@ class Tied(Vision):
         self.tied.weight = self.blocks[0].down.weight
 
 
+class Rectified(Vision):
+    """A layer that writes into what it is given is no dropout that hands it on."""
+
+    class Part(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.act(self.down(self.up(self.norm1(x))))
+
+    block = Part
+
+
 def hooked() -> Vision:
     model = Vision()
     model.blocks[1].down.register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+def hooked_before_a_scale() -> Vision:
+    model = LayerScaled()
+    model.blocks[1].scale2.register_forward_pre_hook(lambda module, args: None)
     return model
 
 
@@ -239,11 +369,18 @@ def hooked() -> Vision:
         (ReadByALinear, "reads its stream"),
         (Returned, "the model's output reads its stream"),
         (Scaled, "mul makes what is added|mul reads its stream"),
+        (ReadBeforeItsScale, "reads what is scaled for its stream|added to its stream with two"),
+        (ScaledTwice, r"scale2 \(LayerScale\) writes to its stream"),
+        (ScaledInTwoWays, "with two scales"),
+        (ScaledByASum, "mul makes what is added to its stream"),
+        (ScaledByAConstant, "waves, which is no parameter, scales what is added"),
         (Given, "an input of the model makes what is added"),
         (Constant, "waves, which is no parameter, is added"),
         (Elsewhere, "patches.* is also used elsewhere|flatten reads its stream"),
         (Tied, "the weight of a Linear is shared with another layer"),
+        (Rectified, r"act \(ReLU\) writes to its stream"),
         (hooked, "a hook sees what blocks.1.down adds"),
+        (hooked_before_a_scale, "a hook sees what blocks.1.scale2 scales"),
     ],
 )
 def test_what_cannot_be_exact_stays_with_the_reason(make: Any, reason: str) -> None:
@@ -252,6 +389,16 @@ def test_what_cannot_be_exact_stays_with_the_reason(make: Any, reason: str) -> N
     before = Snapshot(model)
     with pytest.raises(NothingToConvert, match=reason):
         normswap.convert(model, "rms", exact=True, example_inputs=x, where="norm")
+    before.assert_kept(model, untouched=True)
+
+
+def test_a_channel_that_is_scaled_by_zero_takes_nothing_out() -> None:
+    model = trained(LayerScaled())
+    with torch.no_grad():
+        model.blocks[1].scale2.gamma[3] = 0.0
+    before = Snapshot(model)
+    with pytest.raises(NothingToConvert, match="weight of a Linear has no mean to be taken out"):
+        normswap.convert(model, "rms", exact=True, example_inputs=image())
     before.assert_kept(model, untouched=True)
 
 
@@ -316,6 +463,13 @@ def small_timm() -> nn.Module:
     return made
 
 
+def small_cait() -> nn.Module:
+    """It scales what it adds, and its class token has a stream of its own at the end."""
+    timm = pytest.importorskip("timm")
+    made: nn.Module = timm.create_model("cait_xxs24_224", depth=2, img_size=32)
+    return made
+
+
 def small_torchvision() -> nn.Module:
     models = pytest.importorskip("torchvision.models")
     made: nn.Module = models.VisionTransformer(32, 16, 2, 2, 24, 48, num_classes=5)
@@ -330,7 +484,7 @@ def small_gpt2() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore::normswap.errors.NormSwapWarning")
-@pytest.mark.parametrize("make", [small_timm, small_torchvision, small_gpt2])
+@pytest.mark.parametrize("make", [small_timm, small_cait, small_torchvision, small_gpt2])
 def test_a_model_that_people_use_computes_the_same(make: Callable[[], nn.Module]) -> None:
     model = trained(make())
     x: Any = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
