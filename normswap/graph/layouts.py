@@ -45,13 +45,14 @@ def factor(node: torch.fx.Node, dim: int) -> tuple[torch.fx.Node, torch.fx.Node]
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
     if name.strip("_") not in ("mul", "imul", "rmul", "multiply") or len(node.all_input_nodes) != 2:
         return None
+    size = _shape(node)[dim]
     for each, by in (node.all_input_nodes, node.all_input_nodes[::-1]):
         at, place = by, dim - (len(_shape(node)) - len(_shape(by)))
-        if _shape(each) != _shape(node) or place < 0 or math.prod(_shape(by)) != _shape(node)[dim]:
+        if _shape(each) != _shape(node) or place < 0 or _shape(by)[place] != size:
             continue
         while (laid_out := sources(at, place)) and len(laid_out) == 1:
             at, place = laid_out[0]
-        if at.op == "get_attr" and math.prod(_shape(at)) == _shape(node)[dim]:
+        if at.op == "get_attr" and math.prod(_shape(by)) == math.prod(_shape(at)) == size:
             return each, at
     return None
 

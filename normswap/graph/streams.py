@@ -119,6 +119,9 @@ class _Walk:
 
     def stream(self, nodes: list[torch.fx.Node]) -> Stream:
         """What was found, if its writers write nowhere else."""
+        scales = [each.scale for each in self._writers.values() if each.scale is not None]
+        if any((id(scale.module), scale.name) in self._writers for scale in scales):
+            raise _NoStream("what scales a part of its stream is added to it, too")
         layers = {owner for owner, _ in self._writers}
         for node in nodes:
             holder, _, name = str(node.target).rpartition(".")

@@ -285,6 +285,35 @@ class ScaledInTwoWays(Vision):
     block = Part
 
 
+class ScaledByPosition(Vision):
+    """With as many positions as there are channels."""
+
+    class Part(LayerScaled.Part):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(SIZE, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gamma * self.down(self.up(self.norm1(x)))
+
+    block = Part
+
+    def stem(self, x: Tensor) -> Tensor:
+        return super().stem(torch.cat([x, x[:, :, :, :2]], 3))[:, :SIZE]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, SIZE + 1, SIZE))
+
+
+class ScaleIsAdded(Vision):
+    class Part(LayerScaled.Part):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale1(self.down(self.up(self.norm1(x)))) + self.scale1.gamma
+
+    block = Part
+
+
 class ScaledByASum(Vision):
     class Part(LayerScaled.Part):
         def forward(self, x: Tensor) -> Tensor:
@@ -372,6 +401,8 @@ def hooked_before_a_scale() -> Vision:
         (ReadBeforeItsScale, "reads what is scaled for its stream|added to its stream with two"),
         (ScaledTwice, r"scale2 \(LayerScale\) writes to its stream"),
         (ScaledInTwoWays, "with two scales"),
+        (ScaledByPosition, "mul makes what is added to its stream"),
+        (ScaleIsAdded, "what scales a part of its stream is added to it"),
         (ScaledByASum, "mul makes what is added to its stream"),
         (ScaledByAConstant, "waves, which is no parameter, scales what is added"),
         (Given, "an input of the model makes what is added"),
