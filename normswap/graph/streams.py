@@ -23,6 +23,7 @@ from torch import nn
 
 from normswap.graph.known import is_norm
 from normswap.graph.layouts import factor, sources
+from normswap.graph.linear import channels_of_call, channels_of_layer
 from normswap.graph.modules import read_site
 from normswap.graph.neighbours import Neighbourhood
 from normswap.graph.scaling import scale_of
@@ -145,8 +146,8 @@ class _Walk:
             yield found
         elif node.op == "call_module":
             self._layer(node, place)
-        elif _made_linearly(node) and place.dim == len(_shape(node)) - 1:
-            for weight in _made_linearly(node):
+        elif (given := channels_of_call(node)) and place.dim == len(_shape(node)) - 1:
+            for weight in given:
                 self._on[weight] = replace(place, dim=0)
                 self._writes(weight, self._on[weight])
         else:
@@ -217,21 +218,13 @@ class _Walk:
     def _layer(self, node: torch.fx.Node, place: _Place) -> None:
         """Take the mean out of what a layer makes."""
         path = str(node.target)
-        module, last = self._modules[path], len(_shape(node)) - 1
+        module = self._modules[path]
         if module._forward_hooks:
             raise _NoStream(f"a hook sees what {path} adds to its stream")
-        at, places = -1, dict[str, int]()
-        if _is_plain(module, nn.Linear):
-            at, places = last, {"weight": 0, "bias": 0}
-        elif _is_plain(module, nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1:
-            at, places = 1, {"weight": 0, "bias": 0}
-        elif _is_plain(module, nn.Embedding) and module.max_norm is None:
-            at, places = last, {"weight": 1}
-        elif _is_conv1d(module):
-            at, places = last, {"weight": 1, "bias": 0}
-        if at != place.dim:
+        at, dims = channels_of_layer(module)
+        if not dims or at % len(_shape(node)) != place.dim:
             raise _NoStream(f"{path} ({type(module).__name__}) writes to its stream")
-        for name, dim in places.items():
+        for name, dim in dims.items():
             self._write(module, name, replace(place, dim=dim))
 
     def _writes(self, node: torch.fx.Node, place: _Place) -> None:
@@ -262,35 +255,6 @@ def _finite(writer: Centred) -> bool:
     with torch.no_grad():
         value = writer.value(lambda module, name: module._parameters[name])
     return value.is_meta or bool(value.isfinite().all())
-
-
-def _is_plain(module: Any, *classes: type[nn.Module]) -> bool:
-    """Whether a module computes what one of torch's classes does."""
-    if "forward" in vars(module):
-        return False
-    return any(isinstance(module, c) and type(module).forward is c.forward for c in classes)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the linear of GPT-2 in transformers, whose weight is (in, out)."""
-    cls = type(module)
-    known = (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    return known and "forward" not in vars(module)
-
-
-def _made_linearly(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """The weight and bias of a function that is linear in its last step."""
-    called, name = node, _named(node)
-    if name == "_getitem" and node.args[1] == 0:
-        called = node.all_input_nodes[0]
-        name = _named(called)
-    given: list[Any] = []
-    if called is node and name == "linear":
-        given = [*called.args[1:], *(called.kwargs.get(key) for key in ("weight", "bias"))]
-    elif called is not node and name == "multi_head_attention_forward":
-        given = list(called.args[11:13])
-    nodes = [each for each in given if isinstance(each, torch.fx.Node)]
-    return nodes if all(each.op == "get_attr" for each in nodes) else []
 
 
 def _calls(node: torch.fx.Node, path: str) -> bool:
