@@ -60,7 +60,8 @@ def factor(node: torch.fx.Node, dim: int) -> tuple[torch.fx.Node, torch.fx.Node]
 def _sum(node: torch.fx.Node, dim: int) -> Sources:
     """A sum or difference, with broadcasting."""
     found = []
-    for each in node.args[:2]:
+    given = [*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs)]
+    for each in given[:2]:
         if not isinstance(each, torch.fx.Node):
             return None
         at = dim - (len(_shape(node)) - len(_shape(each)))

@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx
 from torch import nn
 
-__all__ = ["channels_of_call", "channels_of_layer"]
+__all__ = ["channels_of_call", "channels_of_layer", "computes_as"]
 
 
 def channels_of_layer(module: nn.Module) -> tuple[int, dict[str, int]]:
@@ -18,19 +18,26 @@ def channels_of_layer(module: nn.Module) -> tuple[int, dict[str, int]]:
         is not known.
     """
     known: Any = module
-    if _is_plain(known, nn.Linear):
+    if computes_as(known, nn.Linear):
         return -1, {"weight": 0, "bias": 0}
-    if _is_plain(known, nn.Conv1d, nn.Conv2d, nn.Conv3d) and known.groups == 1:
+    if computes_as(known, nn.Conv1d, nn.Conv2d, nn.Conv3d) and known.groups == 1:
         return 1, {"weight": 0, "bias": 0}
-    if _is_plain(known, nn.Embedding) and known.max_norm is None:
+    if computes_as(known, nn.Embedding) and known.max_norm is None:
         return -1, {"weight": 1}
     if _is_conv1d(known):
         return -1, {"weight": 1, "bias": 0}
     return -1, {}
 
 
-def channels_of_call(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """The weight and bias of a call, of which the first dimensions make its last one."""
+def channels_of_call(node: torch.fx.Node) -> tuple[torch.fx.Node, list[torch.fx.Node]]:
+    """The weight and bias of a call, of which the first dimensions make its last one.
+
+    Args:
+        node: what the call makes, or the first of that.
+
+    Returns:
+        The call, and what it is given; nothing for one that is not known.
+    """
     called, name = node, _name(node)
     if name == "_getitem" and node.args[1] == 0:
         called = node.all_input_nodes[0]
@@ -41,10 +48,10 @@ def channels_of_call(node: torch.fx.Node) -> list[torch.fx.Node]:
     elif called is not node and name == "multi_head_attention_forward":
         given = list(called.args[11:13])
     nodes = [each for each in given if isinstance(each, torch.fx.Node)]
-    return nodes if all(each.op == "get_attr" for each in nodes) else []
+    return called, nodes if all(each.op == "get_attr" for each in nodes) else []
 
 
-def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+def computes_as(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether a module computes what one of torch's classes does."""
     if "forward" in vars(module):
         return False

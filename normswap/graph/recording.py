@@ -45,7 +45,13 @@ class Recording:
     unseen: Mapping[str, str]
 
 
-def record(model: nn.Module, example_inputs: Any, *, evaluating: bool = True) -> Recording:
+def record(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    evaluating: bool = True,
+    into: Callable[[nn.Module], bool] | None = None,
+) -> Recording:
     """Run a copy of a model once, and write down what it calls.
 
     Args:
@@ -53,14 +59,19 @@ def record(model: nn.Module, example_inputs: Any, *, evaluating: bool = True) ->
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword
             arguments. They are not touched either.
         evaluating: run all modules in eval mode; else in the modes that they are in.
+        into: which modules without children are no nodes, but what they call is. Default none. One
+            that calls nothing and hands on its input is a node always.
 
     Raises:
         Exception: whatever the forward raises on these inputs.
     """
-    try:
-        return _Recorder(meta_copy(model), evaluating).run(tree_map(as_meta, example_inputs))
-    except Exception:  # its flow depends on data, or an operation has no shapes of its own
-        return _Recorder(structure_copy(model), evaluating).run(tree_map(_cloned, example_inputs))
+    with torch.inference_mode(False):  # in which tensors do not tell whether they were written
+        try:
+            recorder = _Recorder(meta_copy(model), evaluating, into)
+            return recorder.run(tree_map(as_meta, example_inputs))
+        except Exception:  # its flow depends on data, or an operation has no shapes of its own
+            recorder = _Recorder(structure_copy(model), evaluating, into)
+            return recorder.run(tree_map(_cloned, example_inputs))
 
 
 def _cloned(value: Any) -> Any:
@@ -70,9 +81,12 @@ def _cloned(value: Any) -> Any:
 class _Recorder(TorchFunctionMode):
     """Writes the calls of one run of a model, which is a copy, into a graph."""
 
-    def __init__(self, model: nn.Module, evaluating: bool) -> None:
+    def __init__(
+        self, model: nn.Module, evaluating: bool, into: Callable[[nn.Module], bool] | None
+    ) -> None:
         super().__init__()
         self.model = model
+        self._into = into or (lambda module: False)
         self.graph = torch.fx.Graph()
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
         self.unseen: dict[str, str] = {}
@@ -80,6 +94,8 @@ class _Recorder(TorchFunctionMode):
         self._written: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._within = 0  # of modules that are one node
         self._paths = [""]  # of the modules that are being run
+        self._called = 0  # how many functions
+        self._begun: list[int] = []  # how many were when each of the modules was begun
         self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
         for path, module in model.named_modules():
             if evaluating:
@@ -101,7 +117,7 @@ class _Recorder(TorchFunctionMode):
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # it takes no hooks; what it makes is told as unseen
-            one = not module._modules or is_whole(module)
+            one = is_whole(module) or not (module._modules or self._into(module))
             module.register_forward_pre_hook(self._entering(path, one), with_kwargs=True)
             # Always: the model may catch what a part of it raises, and go on.
             module.register_forward_hook(
@@ -117,6 +133,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         """Call a function of torch, and write it down if it makes or changes a tensor."""
         kwargs = kwargs or {}
+        self._called += 1
         result = func(*args, **kwargs)
         if not self._within:
             if getattr(func, "__name__", "") == "__setitem__":
@@ -132,32 +149,34 @@ class _Recorder(TorchFunctionMode):
     def _entering(self, path: str, one: bool) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._paths.append(path)
-            if not one:
-                return
             first = next(iter((*args, *kwargs.values())), None)
-            if not self._within and isinstance(first, Tensor):
+            if one and not self._within and isinstance(first, Tensor):
                 self.shapes.setdefault(path, []).append(tuple(first.shape))
-            self._within += 1
+            self._within += one
+            self._begun.append(self._called)
 
         return note
 
     def _leaving(self, path: str, one: bool) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if one:
-                self._within -= 1
-            if one and not self._within:
-                self._call("call_module", path, args, kwargs, output)
+            did_nothing = self._begun.pop() == self._called
+            first = next(iter((*args, *kwargs.values())), None)
+            passes = did_nothing and isinstance(first, Tensor) and output is first
+            self._within -= one
+            if not self._within and (one or (passes and not module._modules)):
+                node = self._call("call_module", path, args, kwargs, output)
+                node.meta["passes"] = passes
             self._paths.pop()
 
         return note
 
-    def _call(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _call(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> torch.fx.Node:
         node = self.graph.create_node(op, target, self._noted(args), self._noted(kwargs))
+        node.meta["within"] = self._paths[-1]
         self._made(result, node)
-        if result is next(iter((*args, *kwargs.values())), None) and not self._is_written(result):
-            node.meta["passes"] = True
         for tensor in _tensors((args, kwargs, result)):
             self._follow_write(tensor, node)
+        return node
 
     def _made(self, result: Any, node: torch.fx.Node) -> None:
         """Let tensors in a result be what a node, or a part of it, makes."""
@@ -173,16 +192,10 @@ class _Recorder(TorchFunctionMode):
         if tensor not in self._written:
             self._written[tensor] = _version(tensor)
 
-    def _is_written(self, value: Any) -> bool:
-        """Whether something was written into a tensor since it was last looked at."""
-        if not isinstance(value, Tensor):
-            return False
-        version = _version(value)
-        return version != self._written.get(value, version)
-
     def _follow_write(self, tensor: Tensor, node: torch.fx.Node) -> None:
         """If a call wrote into a tensor, all that lies in the same memory is another one now."""
-        if not self._is_written(tensor):
+        version = _version(tensor)
+        if version == self._written.get(tensor, version):
             return
         with torch._C.DisableTorchFunction():
             memory = _memory(tensor)

@@ -23,16 +23,19 @@ from torch import nn
 
 from normswap.graph.known import is_norm
 from normswap.graph.layouts import factor, sources
-from normswap.graph.linear import channels_of_call, channels_of_layer
+from normswap.graph.linear import channels_of_call, channels_of_layer, computes_as
 from normswap.graph.modules import read_site
-from normswap.graph.neighbours import Neighbourhood
-from normswap.graph.scaling import scale_of
+from normswap.graph.recording import record
 from normswap.norms.beside import Centred, Scale, Stream
 from normswap.norms.pool import POSITION, Rule
 
 __all__ = ["Streams"]
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+#: How many times as large a parameter may become where what scales it differs between channels:
+#: what it makes has to stay within half precision, in which the model may run.
+GROWTH = 1e4
 
 
 class Streams:
@@ -64,8 +67,8 @@ class Streams:
 
     @cached_property
     def _nodes(self) -> list[torch.fx.Node]:
-        around = Neighbourhood(self._model, self._inputs)
-        return [node for fragment in around.trace.fragments for node in fragment.graph.nodes]
+        recording = record(self._model, self._inputs, into=_looked_into)
+        return [node for part in recording.trace.fragments for node in part.graph.nodes]
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -99,6 +102,7 @@ class _Walk:
         self._modules = modules
         self._on: dict[torch.fx.Node, _Place] = {}
         self._writers: dict[tuple[int, str], Centred] = {}
+        self._linear: set[torch.fx.Node] = set()  # calls that are given their weights
         self._training = True
 
     def channels_of(self, path: str, node: torch.fx.Node) -> int:
@@ -112,6 +116,7 @@ class _Walk:
             node, place = waiting.pop()
             if node not in self._on:
                 self._on[node] = place
+                self._unseen(node)
                 waiting += [*self._before(node, place), *self._behind(node, place)]
             elif self._on[node].dim != place.dim:
                 raise _NoStream(f"{_named(node)} has its channels at two places")
@@ -120,9 +125,6 @@ class _Walk:
 
     def stream(self, nodes: list[torch.fx.Node]) -> Stream:
         """What was found, if its writers write nowhere else."""
-        scales = [each.scale for each in self._writers.values() if each.scale is not None]
-        if any((id(scale.module), scale.name) in self._writers for scale in scales):
-            raise _NoStream("what scales a part of its stream is added to it, too")
         layers = {owner for owner, _ in self._writers}
         for node in nodes:
             holder, _, name = str(node.target).rpartition(".")
@@ -130,7 +132,8 @@ class _Walk:
                 "call_module": id(self._modules.get(str(node.target))) in layers,
                 "get_attr": (id(self._modules.get(holder)), name) in self._writers,
             }
-            if writes.get(node.op) and node not in self._on:
+            elsewhere = node not in self._on or not self._given_here(node)
+            if writes.get(node.op) and elsewhere:
                 raise _NoStream(
                     f"{node.target}, which writes to its stream, is also used elsewhere"
                 )
@@ -146,8 +149,9 @@ class _Walk:
             yield found
         elif node.op == "call_module":
             self._layer(node, place)
-        elif (given := channels_of_call(node)) and place.dim == len(_shape(node)) - 1:
-            for weight in given:
+        elif (given := channels_of_call(node))[1] and place.dim == len(_shape(node)) - 1:
+            self._linear.add(given[0])
+            for weight in given[1]:
                 self._on[weight] = replace(place, dim=0)
                 self._writes(weight, self._on[weight])
         else:
@@ -176,23 +180,29 @@ class _Walk:
 
     def _scaled(self, node: torch.fx.Node, place: _Place) -> _At | None:
         """What a parameter for each channel makes a tensor on the stream of, by multiplying."""
-        if place.scale is not None:
+        found = factor(node, place.dim) if place.scale is None else None
+        if found is None:
             return None
-        if node.op == "call_module":
-            path, shape = str(node.target), _shape(node)
-            module, before = self._modules[path], _input(node)
-            if not (name := scale_of(module, shape[place.dim], place.dim, len(shape))):
-                return None
-            if module._forward_pre_hooks or module._forward_hooks:
-                raise _NoStream(f"a hook sees what {path} scales for its stream")
-        elif found := factor(node, place.dim):
-            before, by = found
-            path, _, name = str(by.target).rpartition(".")
-            if name not in self._modules[path]._parameters:
-                raise _NoStream(f"{by.target}, which is no parameter, scales what is added")
-        else:
-            return None
+        before, by = found
+        path, _, name = str(by.target).rpartition(".")
+        if name not in self._modules[path]._parameters:
+            raise _NoStream(f"{by.target}, which is no parameter, scales what is added")
         return before, replace(place, scale=Scale(self._modules[path], name))
+
+    def _unseen(self, node: torch.fx.Node) -> None:
+        """Refuse what a hook sees in a layer whose calls are on the stream."""
+        path = str(node.meta.get("within", ""))
+        module = self._modules[path]
+        watched = module._forward_hooks or (
+            node.op == "call_function" and module._forward_pre_hooks
+        )
+        if path and not module._modules and watched:
+            raise _NoStream(f"a hook sees what {path} adds to its stream")
+
+    def _given_here(self, node: torch.fx.Node) -> bool:
+        """Whether a weight that calls are given is given to those on the stream only."""
+        calls = self._linear.intersection(node.users)
+        return not calls or calls == set(node.users)
 
     def _subtracts(self, user: torch.fx.Node, node: torch.fx.Node, place: _Place) -> bool:
         """Whether a norm reads a tensor only after it has subtracted the mean over a dimension."""
@@ -200,6 +210,8 @@ class _Walk:
         module = self._modules[path]
         if not is_norm(module) or user.all_input_nodes != [node]:
             return False
+        if module._forward_pre_hooks:
+            raise _NoStream(f"a hook sees what {path} reads of its stream")
         state = read_site(module, path).state
         at = state.channel_dim % len(_shape(node))
         return state.rule == Rule.always(POSITION) and _Place(at) == place
@@ -207,9 +219,9 @@ class _Walk:
     def _passes(self, node: torch.fx.Node) -> bool:
         """Whether a module hands on its input in eval mode; in training dropout may not."""
         module: Any = self._modules[str(node.target)]
-        if isinstance(module, nn.Identity):
+        if computes_as(module, nn.Identity):
             return True
-        dropout = isinstance(module, _DROPOUTS)
+        dropout = computes_as(module, *_DROPOUTS)
         if not dropout and not node.meta.get("passes"):
             return False
         self._training = self._training and dropout and module.p == 0
@@ -219,8 +231,6 @@ class _Walk:
         """Take the mean out of what a layer makes."""
         path = str(node.target)
         module = self._modules[path]
-        if module._forward_hooks:
-            raise _NoStream(f"a hook sees what {path} adds to its stream")
         at, dims = channels_of_layer(module)
         if not dims or at % len(_shape(node)) != place.dim:
             raise _NoStream(f"{path} ({type(module).__name__}) writes to its stream")
@@ -243,18 +253,27 @@ class _Walk:
         writer = Centred(module, name, place.dim, place.scale)
         if self._writers.setdefault((id(module), name), writer) != writer:
             raise _NoStream(f"a {type(module).__name__} is added to its stream with two scales")
-        if place.scale is not None and not _finite(writer):
+        if place.scale is not None and not _stays_in_bounds(writer):
             raise _NoStream(
                 f"the {name} of a {type(module).__name__} has no mean to be taken out: what scales "
                 "it for its stream is zero for some channels, or nearly"
             )
 
 
-def _finite(writer: Centred) -> bool:
-    """Whether a parameter can be centred, as it is."""
+def _looked_into(module: nn.Module) -> bool:
+    """Whether it is not known what a layer computes before its calls are seen."""
+    known = type(module).__module__.startswith("torch.") or channels_of_layer(module)[1]
+    return not known and not computes_as(module, nn.Identity, *_DROPOUTS)
+
+
+def _stays_in_bounds(writer: Centred) -> bool:
+    """Whether a parameter can be centred behind its scale, as it is."""
     with torch.no_grad():
+        before = writer.module._parameters[writer.name]
         value = writer.value(lambda module, name: module._parameters[name])
-    return value.is_meta or bool(value.isfinite().all())
+        if before is None or value.is_meta or not value.numel():
+            return True
+        return bool(value.abs().max() <= GROWTH * before.abs().max())
 
 
 def _calls(node: torch.fx.Node, path: str) -> bool:

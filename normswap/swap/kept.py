@@ -109,7 +109,8 @@ class KeptParameter(Kept):
 class KeptMean(KeptParameter):
     """One parameter that had a mean, which all who read what it makes subtract.
 
-    So where it has changed since, it stays as it is: with the mean or without, nothing differs.
+    So where it has changed since, it stays as it is: with the mean or without, nothing differs,
+    unless what scales the channels behind it has changed, too.
     """
 
     @property

@@ -47,3 +47,18 @@ def test_other_shapes_are_refused_as_torch_does(shape: tuple[int, ...]) -> None:
     for norm in (nn.InstanceNorm2d(6, affine=True), normswap.build("in", 6)):
         with pytest.raises(ValueError, match=r"num_features \(6\)|expected 3D or 4D"):
             norm(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 10.0, 300.0])
+def test_it_is_as_exact_as_torchs(mean: float, layout: torch.memory_format) -> None:
+    x = (values(2, 6, 40, 40) + mean).float().to(memory_format=layout)
+    expected = nn.InstanceNorm2d(6)(x.double())
+    off = (normswap.build("in", 6)(x) - expected).abs().max().item()
+    theirs = (nn.InstanceNorm2d(6)(x) - expected).abs().max().item()
+    assert off <= 4 * theirs
+
+
+def test_no_positions_are_let_through_as_in_torch() -> None:
+    for shape in [(2, 6, 0, 4), (0, 6, 4, 4)]:
+        assert normswap.build("in", 6, affine=False)(torch.zeros(shape)).shape == shape

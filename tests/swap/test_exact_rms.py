@@ -399,10 +399,10 @@ def hooked_before_a_scale() -> Vision:
         (Returned, "the model's output reads its stream"),
         (Scaled, "mul makes what is added|mul reads its stream"),
         (ReadBeforeItsScale, "reads what is scaled for its stream|added to its stream with two"),
-        (ScaledTwice, r"scale2 \(LayerScale\) writes to its stream"),
+        (ScaledTwice, "mul_ makes what is added to its stream"),
         (ScaledInTwoWays, "with two scales"),
         (ScaledByPosition, "mul makes what is added to its stream"),
-        (ScaleIsAdded, "what scales a part of its stream is added to it"),
+        (ScaleIsAdded, "mul reads its stream"),
         (ScaledByASum, "mul makes what is added to its stream"),
         (ScaledByAConstant, "waves, which is no parameter, scales what is added"),
         (Given, "an input of the model makes what is added"),
@@ -411,7 +411,7 @@ def hooked_before_a_scale() -> Vision:
         (Tied, "the weight of a Linear is shared with another layer"),
         (Rectified, r"act \(ReLU\) writes to its stream"),
         (hooked, "a hook sees what blocks.1.down adds"),
-        (hooked_before_a_scale, "a hook sees what blocks.1.scale2 scales"),
+        (hooked_before_a_scale, "a hook sees what blocks.1.scale2 adds"),
     ],
 )
 def test_what_cannot_be_exact_stays_with_the_reason(make: Any, reason: str) -> None:

@@ -146,9 +146,10 @@ def test_a_layer_of_a_transformer_that_keeps_its_norms_keeps_its_fast_path(
 # -- layouts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "in"])
 @pytest.mark.parametrize("train", [True, False])
 def test_channels_last_memory_stays_channels_last(target: str, train: bool) -> None:
+    """All but InstanceNorm, whose outputs torch makes contiguous."""
     model = normswap.convert(batch_net(), target, where="*").to(memory_format=torch.channels_last)
     x = image().contiguous(memory_format=torch.channels_last)
     y = outputs(model, x, train=train)

@@ -18,8 +18,8 @@ from normswap.norms.passes.shapes import work_dtype
 
 __all__ = ["row_moments"]
 
-#: How many deviations from zero a mean may be. Up to there variances are off by 2e-6 at most by
-#: sums, and by 1e-6 by group norm.
+#: How many deviations from zero a mean may be. Up to there variances are off by 1e-6 in either way,
+#: or a few times as much by sums where all values but a few are the same.
 NEAR, FAR = 2, 10
 
 #: How many terms a plain sum in float32 may have, and how few are no gain any more.
