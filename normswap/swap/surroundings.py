@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normswap.graph.calls import own_class
@@ -33,6 +33,14 @@ def _momentum(site: NormSite) -> float | None:
     if record is None or "momentum" in site.state.settings:
         return site.state.momentum
     return read_site(record.original, site.path).state.momentum
+
+
+def _memory(tensor: Tensor) -> object:
+    """What two tensors have in common if one is the other, or was made of the other's data."""
+    try:
+        return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    except (NotImplementedError, RuntimeError):  # a sparse one, or one that others stand for
+        return id(tensor)
 
 
 def _misfit(site: NormSite, module: Any, *, before: bool) -> str:
@@ -92,7 +100,7 @@ class Surroundings:
             return True
         state = site.state
         held = (tensor for tensor in (state.weight, state.bias) if tensor is not None)
-        return any(self._owners[id(whole(tensor))] > 1 for tensor in held)
+        return any(self._owners[_memory(whole(tensor))] > 1 for tensor in held)
 
     def reads(self, site: NormSite) -> dict[str, str]:
         """What forwards read of the norm itself, beside what it makes: by whom, by name."""
@@ -180,8 +188,8 @@ class Surroundings:
         shared = [
             each
             for each in stream.writers
-            if each.module._parameters[each.name] is not None
-            and self._owners[id(each.module._parameters[each.name])] > 1
+            if (parameter := each.module._parameters[each.name]) is not None
+            and self._owners[_memory(parameter)] > 1
         ]
         if stream.problem or not shared:
             return stream
@@ -206,15 +214,15 @@ class Surroundings:
             problem = f"{path} is called {calls} times"
         elif site.read_elsewhere(path):
             problem = f"a forward reads the weight of {path} by itself"
-        elif any(self._owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+        elif any(self._owners[_memory(p)] > 1 for p in module.parameters(recurse=False)):
             problem = f"the weight of {path} is shared with another layer"
         return Neighbour(path, module, problem)
 
     @cached_property
-    def _owners(self) -> Counter[int]:
-        """How many modules hold each parameter."""
+    def _owners(self) -> Counter[object]:
+        """How many modules hold each parameter, or another in its memory."""
         return Counter(
-            id(parameter)
+            _memory(parameter)
             for module in self._model.modules()
             for parameter in module._parameters.values()
             if parameter is not None

@@ -433,6 +433,13 @@ def test_a_channel_that_is_scaled_by_zero_takes_nothing_out() -> None:
     before.assert_kept(model, untouched=True)
 
 
+def test_a_weight_that_shares_its_memory_is_not_rewritten() -> None:
+    model = trained(Vision())
+    model.tied = nn.Parameter(model.blocks[0].down.weight.data)
+    with pytest.raises(NothingToConvert, match="the weight of a Linear is shared with another"):
+        normswap.convert(model, "rms", exact=True, example_inputs=image())
+
+
 def test_without_example_inputs_it_says_so() -> None:
     with pytest.raises(NothingToConvert, match="give example_inputs"):
         normswap.convert(trained(Vision()), "rms", exact=True)
