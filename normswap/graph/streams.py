@@ -49,6 +49,7 @@ class Streams:
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
         self._model = model
         self._inputs = example_inputs
+        self._known: list[tuple[_Walk, Stream]] = []
 
     def of(self, path: str) -> Stream:
         """The stream that the norm at a path reads at all of its calls."""
@@ -57,13 +58,28 @@ class Streams:
         calls = [node for node in self._nodes if _calls(node, path)]
         if not calls:
             return Stream(problem="it is never called")
-        walk = _Walk(self._modules)
         try:
-            for call in calls:
-                walk.reach(_input(call), walk.channels_of(path, _input(call)))
-            return walk.stream(self._nodes)
+            starts = [(_input(call), self._place(path, _input(call))) for call in calls]
+            known = (stream for walk, stream in self._known if walk.has(starts))
+            return next(known, None) or self._walked(starts)
         except _NoStream as problem:
             return Stream(problem=str(problem))
+
+    def _place(self, path: str, node: torch.fx.Node) -> _Place:
+        """Which dimension of its input a norm takes for the channels."""
+        channel_dim = read_site(self._modules[path], path).state.channel_dim
+        return _Place(channel_dim % len(_shape(node)))
+
+    def _walked(self, starts: list[_At]) -> Stream:
+        """What is found from some tensors on, which is so for all other norms on the way."""
+        walk = _Walk(self._modules)
+        try:
+            walk.reach(starts)
+            stream = walk.stream(self._nodes)
+        except _NoStream as problem:
+            stream = Stream(problem=str(problem))
+        self._known.append((walk, stream))
+        return stream
 
     @cached_property
     def _nodes(self) -> list[torch.fx.Node]:
@@ -105,13 +121,13 @@ class _Walk:
         self._linear: set[torch.fx.Node] = set()  # calls that are given their weights
         self._training = True
 
-    def channels_of(self, path: str, node: torch.fx.Node) -> int:
-        """Which dimension of its input a norm takes for the channels."""
-        return read_site(self._modules[path], path).state.channel_dim % len(_shape(node))
+    def has(self, ats: list[_At]) -> bool:
+        """Whether it has come by all of these."""
+        return all(self._on.get(node) == place for node, place in ats)
 
-    def reach(self, start: torch.fx.Node, dim: int) -> None:
-        """Follow a tensor back to all that writes to it, and forward to all that reads it."""
-        waiting = [(start, _Place(dim))]
+    def reach(self, starts: list[_At]) -> None:
+        """Follow tensors back to all that writes to them, and forward to all that reads them."""
+        waiting = list(starts)
         while waiting:
             node, place = waiting.pop()
             if node not in self._on:
