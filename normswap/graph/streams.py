@@ -13,11 +13,10 @@ be a parameter that scales the channels (LayerScale): what makes the mean 0 behi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 import torch.fx
 from torch import nn
 
@@ -26,16 +25,13 @@ from normswap.graph.layouts import factor, sources
 from normswap.graph.linear import channels_of_call, channels_of_layer, computes_as
 from normswap.graph.modules import read_site
 from normswap.graph.recording import record
-from normswap.norms.beside import Centred, Scale, Stream
+from normswap.graph.writers import NoStream, Place, Writers
+from normswap.norms.beside import Scale, Stream
 from normswap.norms.pool import POSITION, Rule
 
 __all__ = ["Streams"]
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
-#: How many times as large a parameter may become where what scales it differs between channels:
-#: what it makes has to stay within half precision, in which the model may run.
-GROWTH = 1e4
 
 
 class Streams:
@@ -62,13 +58,13 @@ class Streams:
             starts = [(_input(call), self._place(path, _input(call))) for call in calls]
             known = (stream for walk, stream in self._known if walk.has(starts))
             return next(known, None) or self._walked(starts)
-        except _NoStream as problem:
+        except NoStream as problem:
             return Stream(problem=str(problem))
 
-    def _place(self, path: str, node: torch.fx.Node) -> _Place:
+    def _place(self, path: str, node: torch.fx.Node) -> Place:
         """Which dimension of its input a norm takes for the channels."""
         channel_dim = read_site(self._modules[path], path).state.channel_dim
-        return _Place(channel_dim % len(_shape(node)))
+        return Place(channel_dim % len(_shape(node)))
 
     def _walked(self, starts: list[_At]) -> Stream:
         """What is found from some tensors on, which is so for all other norms on the way."""
@@ -76,7 +72,7 @@ class Streams:
         try:
             walk.reach(starts)
             stream = walk.stream(self._nodes)
-        except _NoStream as problem:
+        except NoStream as problem:
             stream = Stream(problem=str(problem))
         self._known.append((walk, stream))
         return stream
@@ -91,20 +87,8 @@ class Streams:
         return dict(self._model.named_modules(remove_duplicate=False))
 
 
-class _NoStream(Exception):
-    """Why a stream cannot be centred."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the channels are, and what scales them before they are added to the stream."""
-
-    dim: int
-    scale: Scale | None = None
-
-
 #: A node and where its channels are.
-_At = tuple[torch.fx.Node, _Place]
+_At = tuple[torch.fx.Node, Place]
 
 
 class _Walk:
@@ -116,8 +100,8 @@ class _Walk:
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
-        self._on: dict[torch.fx.Node, _Place] = {}
-        self._writers: dict[tuple[int, str], Centred] = {}
+        self._on: dict[torch.fx.Node, Place] = {}
+        self._writers = Writers()
         self._linear: set[torch.fx.Node] = set()  # calls that are given their weights
         self._training = True
 
@@ -135,48 +119,47 @@ class _Walk:
                 self._unseen(node)
                 waiting += [*self._before(node, place), *self._behind(node, place)]
             elif self._on[node].dim != place.dim:
-                raise _NoStream(f"{_named(node)} has its channels at two places")
+                raise NoStream(f"{_named(node)} has its channels at two places")
             elif self._on[node] != place:
-                raise _NoStream(f"{_named(node)} is added to its stream with two scales")
+                raise NoStream(f"{_named(node)} is added to its stream with two scales")
 
     def stream(self, nodes: list[torch.fx.Node]) -> Stream:
         """What was found, if its writers write nowhere else."""
-        layers = {owner for owner, _ in self._writers}
         for node in nodes:
             holder, _, name = str(node.target).rpartition(".")
             writes = {
-                "call_module": id(self._modules.get(str(node.target))) in layers,
-                "get_attr": (id(self._modules.get(holder)), name) in self._writers,
+                "call_module": self._writers.has(self._modules.get(str(node.target))),
+                "get_attr": self._writers.has(self._modules.get(holder), name),
             }
             elsewhere = node not in self._on or not self._given_here(node)
             if writes.get(node.op) and elsewhere:
-                raise _NoStream(
-                    f"{node.target}, which writes to its stream, is also used elsewhere"
-                )
-        return Stream(tuple(self._writers.values()), self._training, "")
+                raise NoStream(f"{node.target}, which writes to its stream, is also used elsewhere")
+        return Stream(self._writers.centred, self._training, "")
 
-    def _before(self, node: torch.fx.Node, place: _Place) -> Iterator[_At]:
+    def _before(self, node: torch.fx.Node, place: Place) -> Iterator[_At]:
         """What a tensor on the stream is the sum of, if it is no layer's own output."""
         if node.op == "get_attr":
-            self._writes(node, place)
+            self._writers.add(*self._parameter(node, "is added to its stream"), place)
         elif node.op == "call_module" and self._passes(node):
             yield _input(node), place
         elif found := self._scaled(node, place):
             yield found
         elif node.op == "call_module":
-            self._layer(node, place)
+            path = str(node.target)
+            self._writers.add_layer(self._modules[path], path, place, len(_shape(node)))
         elif (given := channels_of_call(node))[1] and place.dim == len(_shape(node)) - 1:
             self._linear.add(given[0])
             for weight in given[1]:
                 self._on[weight] = replace(place, dim=0)
-                self._writes(weight, self._on[weight])
+                held = self._parameter(weight, "writes to its stream")
+                self._writers.add(*held, self._on[weight])
         else:
             summed = sources(node, place.dim)
             if summed is None:
-                raise _NoStream(f"{_named(node)} makes what is added to its stream")
+                raise NoStream(f"{_named(node)} makes what is added to its stream")
             yield from ((each, replace(place, dim=dim)) for each, dim in summed)
 
-    def _behind(self, node: torch.fx.Node, place: _Place) -> Iterator[_At]:
+    def _behind(self, node: torch.fx.Node, place: Place) -> Iterator[_At]:
         """What a tensor on the stream is handed on as, past norms that subtract its mean."""
         for user in node.users:
             if user.op == "call_module" and self._subtracts(user, node, place):
@@ -184,26 +167,32 @@ class _Walk:
             if user.op == "call_module" and self._passes(user):
                 yield user, place
                 continue
-            if place.scale and self._scaled(user, _Place(place.dim)) == (node, place):
-                yield user, _Place(place.dim)
+            if place.scale and self._scaled(user, Place(place.dim)) == (node, place):
+                yield user, Place(place.dim)
                 continue
             dims = range(len(_shape(user))) if user.op == "call_function" else ()
             fits = [dim for dim in dims if (node, place.dim) in (sources(user, dim) or ())]
             if not fits:
                 where = "reads what is scaled for its stream" if place.scale else "reads its stream"
-                raise _NoStream(f"{_named(user)} {where}")
+                raise NoStream(f"{_named(user)} {where}")
             yield user, replace(place, dim=fits[0])
 
-    def _scaled(self, node: torch.fx.Node, place: _Place) -> _At | None:
+    def _scaled(self, node: torch.fx.Node, place: Place) -> _At | None:
         """What a parameter for each channel makes a tensor on the stream of, by multiplying."""
         found = factor(node, place.dim) if place.scale is None else None
         if found is None:
             return None
         before, by = found
-        path, _, name = str(by.target).rpartition(".")
-        if name not in self._modules[path]._parameters:
-            raise _NoStream(f"{by.target}, which is no parameter, scales what is added")
-        return before, replace(place, scale=Scale(self._modules[path], name))
+        scale = Scale(*self._parameter(by, "scales what is added"))
+        return before, replace(place, scale=scale)
+
+    def _parameter(self, node: torch.fx.Node, does: str) -> tuple[nn.Module, str]:
+        """The module that holds the parameter which a node reads, and its name there."""
+        path, _, name = str(node.target).rpartition(".")
+        module = self._modules[path]
+        if name not in module._parameters:
+            raise NoStream(f"{node.target}, which is no parameter, {does}")
+        return module, name
 
     def _unseen(self, node: torch.fx.Node) -> None:
         """Refuse what a hook sees in a layer whose calls are on the stream."""
@@ -213,24 +202,24 @@ class _Walk:
             node.op == "call_function" and module._forward_pre_hooks
         )
         if path and not module._modules and watched:
-            raise _NoStream(f"a hook sees what {path} adds to its stream")
+            raise NoStream(f"a hook sees what {path} adds to its stream")
 
     def _given_here(self, node: torch.fx.Node) -> bool:
         """Whether a weight that calls are given is given to those on the stream only."""
         calls = self._linear.intersection(node.users)
         return not calls or calls == set(node.users)
 
-    def _subtracts(self, user: torch.fx.Node, node: torch.fx.Node, place: _Place) -> bool:
+    def _subtracts(self, user: torch.fx.Node, node: torch.fx.Node, place: Place) -> bool:
         """Whether a norm reads a tensor only after it has subtracted the mean over a dimension."""
         path = str(user.target)
         module = self._modules[path]
         if not is_norm(module) or user.all_input_nodes != [node]:
             return False
         if module._forward_pre_hooks:
-            raise _NoStream(f"a hook sees what {path} reads of its stream")
+            raise NoStream(f"a hook sees what {path} reads of its stream")
         state = read_site(module, path).state
         at = state.channel_dim % len(_shape(node))
-        return state.rule == Rule.always(POSITION) and _Place(at) == place
+        return state.rule == Rule.always(POSITION) and Place(at) == place
 
     def _passes(self, node: torch.fx.Node) -> bool:
         """Whether a module hands on its input in eval mode; in training dropout may not."""
@@ -243,53 +232,11 @@ class _Walk:
         self._training = self._training and dropout and module.p == 0
         return True
 
-    def _layer(self, node: torch.fx.Node, place: _Place) -> None:
-        """Take the mean out of what a layer makes."""
-        path = str(node.target)
-        module = self._modules[path]
-        at, dims = channels_of_layer(module)
-        if not dims or at % len(_shape(node)) != place.dim:
-            raise _NoStream(f"{path} ({type(module).__name__}) writes to its stream")
-        for name, dim in dims.items():
-            self._write(module, name, replace(place, dim=dim))
-
-    def _writes(self, node: torch.fx.Node, place: _Place) -> None:
-        """Take the mean out of a tensor that a forward reads by itself."""
-        path, _, name = str(node.target).rpartition(".")
-        module = self._modules[path]
-        if name not in module._parameters:
-            raise _NoStream(f"{node.target}, which is no parameter, is added to its stream")
-        self._write(module, name, place)
-
-    def _write(self, module: nn.Module, name: str, place: _Place) -> None:
-        if name not in module._parameters:
-            raise _NoStream(f"the {name} of a {type(module).__name__} on its stream is computed")
-        if module._parameters[name] is None:
-            return
-        writer = Centred(module, name, place.dim, place.scale)
-        if self._writers.setdefault((id(module), name), writer) != writer:
-            raise _NoStream(f"a {type(module).__name__} is added to its stream with two scales")
-        if place.scale is not None and not _stays_in_bounds(writer):
-            raise _NoStream(
-                f"the {name} of a {type(module).__name__} has no mean to be taken out: what scales "
-                "it for its stream is zero for some channels, or nearly"
-            )
-
 
 def _looked_into(module: nn.Module) -> bool:
     """Whether it is not known what a layer computes before its calls are seen."""
     known = type(module).__module__.startswith("torch.") or channels_of_layer(module)[1]
     return not known and not computes_as(module, nn.Identity, *_DROPOUTS)
-
-
-def _stays_in_bounds(writer: Centred) -> bool:
-    """Whether a parameter can be centred behind its scale, as it is."""
-    with torch.no_grad():
-        before = writer.module._parameters[writer.name]
-        value = writer.value(lambda module, name: module._parameters[name])
-        if before is None or value.is_meta or not value.numel():
-            return True
-        return bool(value.abs().max() <= GROWTH * before.abs().max())
 
 
 def _calls(node: torch.fx.Node, path: str) -> bool:
@@ -299,7 +246,7 @@ def _calls(node: torch.fx.Node, path: str) -> bool:
 def _input(node: torch.fx.Node) -> torch.fx.Node:
     """What a module is called with."""
     if not node.all_input_nodes:
-        raise _NoStream(f"{node.target} is given no tensor")
+        raise NoStream(f"{node.target} is given no tensor")
     return node.all_input_nodes[0]
 
 
