@@ -89,6 +89,18 @@ def read_before(block: Block, x: Tensor) -> Tensor:
     return x + block.scale(y) + block.beside(block.lstm(y)[0])
 
 
+def normed_before(block: Block, x: Tensor) -> Tensor:
+    y = block.added(x)
+    return x + block.scale(y) + block.beside(block.other(y))
+
+
+def through_a_view(block: Block, x: Tensor) -> Tensor:
+    y = block.added(x)
+    view = y.view(y.shape)
+    y.mul_(block.scale.gamma)
+    return x + view
+
+
 SAME: dict[str, tuple[Body, Callable[..., Tensor]]] = {
     "scaled": (lambda b, x: x + b.scale(b.added(x)), times),
     "scaled in place": (lambda b, x: x + b.scale(b.added(x)), times_in_place),
@@ -125,6 +137,8 @@ OTHER: dict[str, tuple[Body, Callable[..., Tensor]]] = {
         times,
     ),
     "read before its scale": (read_before, times),
+    "read before its scale by a norm": (normed_before, times),
+    "written through a view": (through_a_view, times),
 }
 
 
