@@ -65,13 +65,12 @@ def record(
     Raises:
         Exception: whatever the forward raises on these inputs.
     """
-    with torch.inference_mode(False):  # in which tensors do not tell whether they were written
-        try:
-            recorder = _Recorder(meta_copy(model), evaluating, into)
-            return recorder.run(tree_map(as_meta, example_inputs))
-        except Exception:  # its flow depends on data, or an operation has no shapes of its own
-            recorder = _Recorder(structure_copy(model), evaluating, into)
-            return recorder.run(tree_map(_cloned, example_inputs))
+    try:
+        recorder = _Recorder(meta_copy(model), evaluating, into)
+        return recorder.run(tree_map(as_meta, example_inputs))
+    except Exception:  # its flow depends on data, or an operation has no shapes of its own
+        recorder = _Recorder(structure_copy(model), evaluating, into)
+        return recorder.run(tree_map(_cloned, example_inputs))
 
 
 def _cloned(value: Any) -> Any:
